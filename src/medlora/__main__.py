@@ -1,0 +1,3 @@
+from medlora.cli import main
+
+main()
