@@ -1,0 +1,1 @@
+"""Rows in, token ids and labels out: sources -> split -> prompts -> fit -> dataset."""

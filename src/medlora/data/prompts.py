@@ -1,0 +1,194 @@
+"""Turn records into token ids and labels, through one mechanism: the tokenizer's chat template.
+
+The recipe's template (and system prompt) is written into the tokenizer, and the tokenizer is saved with the
+adapter. Training, asking, chat and any other tool that reads the adapter therefore build the same prompt.
+
+Which tokens are trained is decided by length, never by token id, so the end token is trained even where it is also
+the padding token: the prompt's ids are a prefix of the whole row's ids, and what follows them is the answer.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from medlora.data.sources import Record
+from medlora.errors import DataError, RecipeError
+from medlora.recipe import Prompt
+
+IGNORE = -100  # the label that cross-entropy leaves out
+LLAMA2 = (Path(__file__).parent / "llama2.jinja").read_text(encoding="utf-8")
+_LLAMA2_TURN = re.compile(r"\[INST\](.*?)\[/INST\](.*?)(?=<s>|\[INST\]|$)", re.DOTALL)
+Tokenizer = Any  # PreTrainedTokenizerBase; Transformers is imported late
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row for the model. `labels[i]` is `input_ids[i]` where it is trained, else -100; `labels[0]` is -100
+    always, since nothing predicts the first token."""
+
+    where: str
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def trained(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
+
+
+def prepare_tokenizer(tokenizer: Tokenizer, prompt: Prompt) -> Tokenizer:
+    """Write the recipe's template into the tokenizer; pad with the end token, on the right.
+
+    Raises:
+        RecipeError: `template: base`, but the base has no chat template.
+    """
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    template = LLAMA2 if prompt.template == "llama2" else tokenizer.chat_template
+    if not template:
+        raise RecipeError("prompt.template: the base has no chat template of its own; set prompt.template=llama2")
+    if prompt.system:
+        head = "{%- if messages[0]['role'] != 'system' -%}{%- set messages = [{'role': 'system', 'content': "
+        template = head + repr(prompt.system) + "}] + messages -%}{%- endif -%}" + template
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def render(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]], *, ask: bool) -> str:
+    """The conversation as text; with `ask`, up to where the assistant begins to speak."""
+    turns = [{"role": role, "content": content} for role, content in messages]
+    text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+    return text
+
+
+def prompt_ids(tokenizer: Tokenizer, messages: Sequence[tuple[str, str]]) -> list[int]:
+    """Token ids of the conversation, ready for the assistant's answer."""
+    return list(tokenizer(render(tokenizer, messages, ask=True), add_special_tokens=False)["input_ids"])
+
+
+def encode(tokenizer: Tokenizer, records: Sequence[Record], prompt: Prompt) -> list[Example]:
+    """One `Example` a record, in order.
+
+    Raises:
+        DataError: a raw text whose answer is not marked, with `loss_on: completion`; or a conversation that the
+            template cannot hold.
+    """
+    return [
+        _encode_text(tokenizer, record, prompt) if record.text is not None else _encode_chat(tokenizer, record, prompt)
+        for record in records
+    ]
+
+
+def _encode_text(tokenizer: Tokenizer, record: Record, prompt: Prompt) -> Example:
+    text = record.text or ""
+    if prompt.loss_on == "completion":
+        turns = [(ask.strip(), answer.replace("</s>", "").strip()) for ask, answer in _LLAMA2_TURN.findall(text)]
+        if not turns:
+            raise DataError(
+                f"{record.where}: prompt.loss_on is `completion`, but the text marks no answer ([INST] ... [/INST]); "
+                "set prompt.loss_on=all, or name data.columns.prompt and data.columns.completion"
+            )
+        messages = tuple(pair for ask, answer in turns for pair in (("user", ask), ("assistant", answer)))
+        return _encode_chat(tokenizer, Record(record.where, None, messages, record.group), prompt)
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    ids = list(tokenizer(text, add_special_tokens=not has_bos)["input_ids"])  # never two BOS
+    return _example(record.where, ids, [(0, len(ids))], tokenizer.eos_token_id)
+
+
+def _encode_chat(tokenizer: Tokenizer, record: Record, prompt: Prompt) -> Example:
+    from jinja2 import TemplateError
+
+    messages = record.messages
+    ids: list[int] = []
+    spans: list[tuple[int, int]] = []
+    try:
+        for turn in (i for i, (role, _) in enumerate(messages) if role == "assistant"):
+            asked = render(tokenizer, messages[:turn], ask=True)
+            told = render(tokenizer, messages[: turn + 1], ask=False)
+            before = list(tokenizer(asked, add_special_tokens=False)["input_ids"])
+            ids = list(tokenizer(told, add_special_tokens=False)["input_ids"])
+            if ids[: len(before)] != before:  # a merge across the border: tokenise as generation will see it
+                ids = before + list(tokenizer(told.removeprefix(asked), add_special_tokens=False)["input_ids"])
+            spans.append((len(before), len(ids)))
+    except TemplateError as error:
+        raise DataError(f"{record.where}: {error.message}") from None
+    spans = [(0, len(ids))] if prompt.loss_on == "all" else spans
+    return _example(record.where, ids, spans, tokenizer.eos_token_id)
+
+
+def _example(where: str, ids: list[int], spans: list[tuple[int, int]], eos: int) -> Example:
+    """Train the spans up to their last end token; what a template writes after it (a newline) is never asked for."""
+    labels = [IGNORE] * len(ids)
+    for start, stop in spans:
+        ends = [i for i in range(start, stop) if ids[i] == eos]
+        stop = ends[-1] + 1 if ends else stop
+        labels[start:stop] = ids[start:stop]
+    last = max((i for i, label in enumerate(labels) if label == eos), default=-1)
+    if last < 0:
+        ids, labels = [*ids, eos], [*labels, eos]
+    else:
+        ids, labels = ids[: last + 1], labels[: last + 1]
+    labels[0] = IGNORE
+    return Example(where, ids, labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    examples: list[Example]
+    long: int
+    """Rows that were longer than `max_length` and were dropped, split or truncated."""
+
+
+def fit(examples: Sequence[Example], max_length: int, policy: Literal["drop", "split", "truncate", "error"]) -> Fitted:
+    """Bring every row to at most `max_length` tokens.
+
+    `split` cuts the answer into pieces and repeats the prompt before each; a row without a prompt is cut into
+    windows. `truncate` cuts the end off.
+
+    Raises:
+        DataError: a long row with `error`, or no row left with something to train.
+    """
+    long = [example for example in examples if len(example.input_ids) > max_length]
+    if long and policy == "error":
+        raise DataError(
+            f"{long[0].where}: {len(long[0].input_ids)} tokens, more than data.max_length ({max_length}); {len(long)} "
+            "such rows; raise data.max_length or set data.on_long_row to drop, split or truncate"
+        )
+    kept = [piece for example in examples for piece in _pieces(example, max_length, policy)]
+    trained = [example for example in kept if example.trained]
+    if not trained:
+        rows = ", ".join(example.where for example in list(examples)[:3])
+        why = "are longer than" if not kept else "have no answer token left to train on within"
+        raise DataError(
+            f"all {len(examples)} rows {why} data.max_length ({max_length}): {rows}{', ...' * (len(examples) > 3)}; "
+            "raise data.max_length or set data.on_long_row=split"
+        )
+    return Fitted(trained, len(long) + len(kept) - len(trained))
+
+
+def _pieces(example: Example, size: int, policy: str) -> list[Example]:
+    ids, labels = example.input_ids, example.labels
+    if len(ids) <= size:
+        return [example]
+    if policy == "drop":
+        return []
+    if policy == "truncate":
+        return [Example(example.where, ids[:size], labels[:size])]
+    start = next((i for i, label in enumerate(labels) if label != IGNORE), 0)
+    start = start if start > 1 else 0  # loss on everything: there is no prompt to repeat
+    room = size - start
+    if room < 1:
+        return []
+    return [
+        Example(
+            example.where,
+            ids[:start] + ids[i : i + room],
+            _unpredicted(labels[:start] + labels[i : i + room]),
+        )
+        for i in range(start, len(ids), room)
+    ]
+
+
+def _unpredicted(labels: list[int]) -> list[int]:
+    return [IGNORE, *labels[1:]]
