@@ -1,0 +1,106 @@
+"""Load a base in 4-bit NF4 (Dettmers et al. 2023, arXiv:2305.14314).
+
+On a GPU bitsandbytes keeps the 4-bit codes and every product dequantises them. On a CPU memory is not the
+bottleneck and the dequantisation is: each weight is rounded to NF4 once, by bitsandbytes' own quantiser, and kept
+dequantised. Both hold the same values.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from medlora.errors import ModelError
+from medlora.model.base import Resolved, _unloadable
+from medlora.recipe import Base
+
+NF4_BLOCK = 64
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(base: Base, on: torch.device) -> torch.dtype:
+    """The dtype that products run in: bfloat16 where the device has it."""
+    if base.compute_dtype != "auto":
+        dtype: torch.dtype = getattr(torch, base.compute_dtype)
+        return dtype
+    if on.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_model(resolved: Resolved, base: Base, on: torch.device | None = None) -> Any:
+    """The base as a `PreTrainedModel`, frozen, its cache off.
+
+    Raises:
+        ModelError: the weights cannot be read, or the device's memory does not hold them.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    on = on or device()
+    dtype = compute_dtype(base, on)
+    kwargs = resolved.kwargs() | {"dtype": "auto", "attn_implementation": "sdpa"}
+    if resolved.gguf_file:
+        from transformers import GgufConfig
+
+        kwargs |= {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
+    elif not resolved.is_local:
+        kwargs["use_safetensors"] = True  # never a pickle
+    four_bit_on_gpu = base.quantization == "nf4" and on.type == "cuda" and not resolved.gguf_file
+    if four_bit_on_gpu:
+        kwargs |= {
+            "quantization_config": _bitsandbytes(base, dtype),
+            "device_map": {"": on.index or 0},
+            "dtype": dtype,
+        }
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolved.path, **kwargs)
+        if not four_bit_on_gpu:
+            model = _place(model, base, on, dtype)
+    except torch.OutOfMemoryError:
+        raise ModelError(f"{resolved.path}: too large for the memory of {on}; see `medlora doctor`") from None
+    except Exception as error:
+        raise _unloadable(resolved, "weights", error) from None
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    return model
+
+
+def _bitsandbytes(base: Base, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=base.double_quant,
+    )
+
+
+def _place(model: nn.Module, base: Base, on: torch.device, dtype: torch.dtype) -> nn.Module:
+    if base.quantization == "nf4":
+        round_to_nf4(model, base.double_quant)
+    return model.to(device=on, dtype=dtype)
+
+
+@torch.no_grad()
+def round_to_nf4(model: nn.Module, double_quant: bool = False) -> None:
+    """Replace each linear weight but the output head's by its NF4 rounding, in place.
+
+    The values are those that bitsandbytes' `Linear4bit` computes with: blocks of 64, absmax in float32.
+    """
+    from bitsandbytes import functional as bnb
+
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            weight = module.weight.data
+            codes, state = bnb.quantize_4bit(  # flat: bitsandbytes 0.50 misreads rows that are no multiple of a block
+                weight.flatten(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=double_quant
+            )
+            module.weight.data = bnb.dequantize_4bit(codes, state).view(weight.shape)

@@ -1,0 +1,139 @@
+"""Packed rows: several documents in one row without padding, attention and positions kept inside each.
+
+The token mean over a packed row equals the token mean over the same documents in padded micro-batches, so packing
+changes the speed and not the mathematics. Transformers' own decoder layers run; what is swapped in while a packed
+row passes through is the attention function and, on a CPU, the forward of PEFT's LoRA layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medlora.data.prompts import IGNORE, Example
+from medlora.kernels import cpu
+
+FAMILIES = ("llama", "mistral")
+ATTENTION = "medlora_varlen"
+Batch = dict[str, Any]
+
+
+def unsupported(model: Any, max_length: int) -> str | None:
+    """Why this model cannot take packed rows, or None if it can."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        return f"{config.model_type} is not of the LLaMA family ({', '.join(FAMILIES)})"
+    window = getattr(config, "sliding_window", None)
+    if window and window < max_length:
+        return f"its attention window ({window}) is shorter than data.max_length ({max_length})"
+    if next(model.parameters()).dtype == torch.float16:
+        return "float16 needs loss scaling"
+    return None
+
+
+def pack(examples: Sequence[Example | dict[str, Any]]) -> Batch:
+    """One row: input_ids, labels, position_ids [1, T] int64, and the documents' borders [0, ..., T]."""
+    rows = [e if isinstance(e, dict) else {"input_ids": e.input_ids, "labels": e.labels} for e in examples]
+    borders = [0]
+    for row in rows:
+        borders.append(borders[-1] + len(row["input_ids"]))
+    return {
+        "input_ids": torch.tensor([[i for row in rows for i in row["input_ids"]]]),
+        "labels": torch.tensor([[i for row in rows for i in row["labels"]]]),
+        "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
+        "borders": borders,
+    }
+
+
+def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(summed cross-entropy float32, number of predicted tokens) of a packed row.
+
+    `model` is a causal LM of the LLaMA family or a `PeftModel` of one, inside `packing(model)`.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = causal.lm_head.weight
+    target = batch["labels"][0, 1:].to(head.device)
+    predicted = (target != IGNORE).nonzero()[:, 0]
+    with _autocast(head):
+        hidden = causal.model(
+            input_ids=batch["input_ids"].to(head.device),
+            position_ids=batch["position_ids"].to(head.device),
+            use_cache=False,
+            borders=batch["borders"],
+        ).last_hidden_state[0]
+    rows = hidden.index_select(0, predicted)
+    loss = _head_loss(rows.to(head.dtype), head, target[predicted])
+    return loss, torch.tensor(len(predicted))
+
+
+@contextmanager
+def packing(model: Any) -> Iterator[None]:
+    """Route attention, and on a CPU the LoRA layers, through medlora's kernels; put everything back at the end."""
+    from peft.tuners.lora import Linear
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+    before = model.config._attn_implementation
+    fused = [m for m in model.modules() if isinstance(m, Linear) and _fusable(m)]
+    model.config._attn_implementation = ATTENTION
+    for module in fused:
+        module.forward = _lora_forward.__get__(module)
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        for module in fused:
+            del module.forward
+
+
+def _attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: None,
+    *,
+    scaling: float,
+    borders: list[int],
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface: q [1, H, T, C], k, v [1, K, T, C] -> [1, T, H, C]."""
+    if q.device.type == "cpu":
+        return cpu.varlen_attention(q[0], k[0], v[0], borders, scaling).transpose(0, 1)[None], None
+    parts = [
+        F.scaled_dot_product_attention(
+            q[:, :, i:j], k[:, :, i:j], v[:, :, i:j], is_causal=True, scale=scaling, enable_gqa=True
+        )
+        for i, j in zip(borders[:-1], borders[1:], strict=True)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _fusable(module: Any) -> bool:
+    return type(module.base_layer) is nn.Linear and module.base_layer.weight.device.type == "cpu"
+
+
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    base = self.base_layer
+    if self.disable_adapters or "default" not in self.active_adapters:
+        return F.linear(x, base.weight, base.bias)
+    drop = self.lora_dropout["default"]
+    p = drop.p if self.training and isinstance(drop, nn.Dropout) else 0.0
+    a, b = self.lora_A["default"].weight, self.lora_B["default"].weight
+    y = cpu.lora_linear(x, base.weight, a, b, self.scaling["default"], p)
+    return y if base.bias is None else y + base.bias
+
+
+def _autocast(head: Tensor) -> torch.autocast:
+    """On a GPU PEFT's own layers run, whose float32 adapters need autocast beside a bfloat16 base."""
+    on = head.device.type == "cuda" and head.dtype == torch.bfloat16
+    return torch.autocast(head.device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def _head_loss(rows: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    if rows.device.type == "cpu":
+        return cpu.linear_cross_entropy(rows, head, labels)
+    return F.cross_entropy((rows @ head.t()).float(), labels, reduction="sum")
