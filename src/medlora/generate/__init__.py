@@ -1,0 +1,1 @@
+"""Ask the untuned and the tuned model, from one loaded base."""

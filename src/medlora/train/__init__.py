@@ -1,0 +1,1 @@
+"""One run: set up -> train -> save, through TRL's SFTTrainer."""

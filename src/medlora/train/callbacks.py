@@ -1,0 +1,92 @@
+"""What watches a run: the progress bar, the metrics file, and a Ctrl-C that saves before it stops."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from medlora.errors import RecipeError
+from medlora.progress import Bar
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Counts real tokens, moves the bar, appends each logged step to metrics.jsonl."""
+
+    def __init__(self, progress: Bar, metrics: Path) -> None:
+        self.progress, self.metrics = progress, metrics
+        self.tokens, self.seconds, self.loss = 0, 0.0, ""
+        self._began = 0.0
+
+    def count(self, tokens: int) -> None:
+        self.tokens += tokens
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step:  # a resumed run
+            self.progress.advance(state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+        self.progress.advance(1, f"{self.loss}{self.tokens / self.seconds:,.0f} tokens/s")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        self.loss = f"loss {float(logs['loss']):.3f}  "
+        entry = {"step": state.global_step, **{name: _number(value) for name, value in logs.items()}}
+        entry |= {"tokens": self.tokens, "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 1)}
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+class Interrupt(TrainerCallback):  # type: ignore[misc]
+    """The first Ctrl-C finishes the step, writes a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> "Interrupt":
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def tensorboard(folder: Path) -> TrainerCallback:
+    """Transformers' TensorBoard callback, writing to `folder`.
+
+    Raises:
+        RecipeError: TensorBoard is not installed.
+    """
+    from transformers.integrations import TensorBoardCallback
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RecipeError("training.tensorboard: not installed; pip install 'medlora[tensorboard]'") from None
+    return TensorBoardCallback(SummaryWriter(folder))  # type: ignore[no-untyped-call]

@@ -1,0 +1,104 @@
+"""The run folder and its manifest: what was trained on what, by which versions, how long, with which losses.
+
+recipe.yaml   the resolved recipe       metrics.jsonl  one line a logged step
+manifest.json this file                 loss.png       the loss curve
+adapter/      PEFT's files, tokenizer, template        checkpoints/  to resume from, while unfinished
+"""
+
+import json
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from medlora.errors import RunError
+
+PACKAGES = (
+    "medlora",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "triton",
+)
+NAME = "manifest.json"
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of each package that matters to a run; None where it is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def new_folder(name: str, output: Path | None) -> Path:
+    """An empty run folder: `output`, or runs/NAME, runs/NAME-2, ... A folder that holds a run is never reused.
+
+    Raises:
+        RunError: `output` holds something, or cannot be made.
+    """
+    if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(f"{output}: already holds files; choose another --output, or go on with --resume {output}")
+    folder, number = output or Path("runs") / name, 1
+    while output is None and folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be made: {error.strerror}; choose another --output") from None
+    return folder
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of a run. Raises RunError where there is none."""
+    file = folder / NAME
+    if not file.is_file():
+        raise RunError(f"{folder}: no {NAME}, so this is not a run of medlora")
+    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return manifest
+
+
+def write(folder: Path, manifest: dict[str, Any]) -> None:
+    """Replace the manifest in one step, so that a crash leaves the old or the new one."""
+    part = folder / f".{NAME}.part"
+    part.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(folder / NAME)
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The logged steps of metrics.jsonl, in order; of a step logged twice (a resumed run) the last."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    steps = {entry["step"]: entry for entry in map(json.loads, lines)}
+    return [steps[step] for step in sorted(steps)]
+
+
+def plot_loss(folder: Path, held_out: dict[str, float]) -> None:
+    """loss.png: training loss by step, with the held-out losses before and after as level lines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    entries = history(folder)
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot([e["step"] for e in entries], [e["loss"] for e in entries], marker="o", ms=3, label="training")
+    for (name, loss), style in zip(held_out.items(), ("--", "-"), strict=False):
+        axes.axhline(loss, color="tab:gray", linestyle=style, linewidth=1, label=f"held out, {name}: {loss:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=130)
+    plt.close(figure)

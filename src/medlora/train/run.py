@@ -1,0 +1,222 @@
+"""A run from recipe to saved adapter. Everything that can be refused is refused before the model loads."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medlora.data.build import Corpus, build
+from medlora.data.prompts import Tokenizer, prepare_tokenizer
+from medlora.errors import RecipeError, RunError
+from medlora.evaluate.loss import HeldOut, held_out_loss
+from medlora.generate.answer import Assistant
+from medlora.generate.sampling import Sampling
+from medlora.model.adapter import add_lora, save_adapter
+from medlora.model.base import Resolved, load_config, load_tokenizer, resolve
+from medlora.model.load import load_model
+from medlora.progress import bar
+from medlora.recipe import Recipe, load_recipe
+from medlora.train import manifest as manifests
+from medlora.train.callbacks import Interrupt, Watch, tensorboard
+from medlora.train.trainer import PackedTrainer, choose_engine, make_trainer, running
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that has passed every check that needs no weights."""
+
+    recipe: Recipe
+    base: Resolved
+    tokenizer: Tokenizer
+    corpus: Corpus
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    folder: Path
+    finished: bool
+    manifest: dict[str, Any]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Resolve the base, read and encode the data.
+
+    Raises:
+        RecipeError, DataError, ModelError, AssetError: whatever is wrong, before any weight is loaded.
+    """
+    base = resolve(recipe.base)
+    context = getattr(load_config(base), "max_position_embeddings", None)
+    if context and recipe.data.max_length > context:
+        raise RecipeError(
+            f"data.max_length: {recipe.data.max_length} is more than the base's context of {context} tokens"
+        )
+    tokenizer = prepare_tokenizer(load_tokenizer(base), recipe.prompt)
+    return Prepared(recipe, base, tokenizer, build(recipe, tokenizer))
+
+
+def train(recipe: Recipe, output: Path | None = None, say: Say = print) -> Result:
+    """Run a recipe in a new folder.
+
+    Raises:
+        RunError: `output` holds files. Others as `prepare`.
+    """
+    prepared = prepare(recipe)
+    folder = manifests.new_folder(recipe.name, output)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    corpus = prepared.corpus
+    record = {
+        "status": "running",
+        "name": recipe.name,
+        "started": manifests.now(),
+        "versions": manifests.versions(),
+        "base": {"model": recipe.base.model, "path": prepared.base.path},
+        "data": {
+            "path": recipe.data.path,
+            "sha256": corpus.fingerprint,
+            "train_rows": len(corpus.train),
+            "train_tokens": corpus.train_tokens,
+            "valid_rows": len(corpus.valid),
+            "bad_rows": [f"{raw.where}: {raw.why}" for raw in corpus.bad],
+            "long_rows": corpus.long,
+        },
+        "seed": recipe.training.seed,
+    }
+    manifests.write(folder, record)
+    return _run(prepared, folder, record, None, say)
+
+
+def resume(folder: Path, say: Say = print) -> Result:
+    """Go on with an interrupted run from its last checkpoint.
+
+    Raises:
+        RunError: no run here, a finished one, no checkpoint, or data that has changed since.
+    """
+    record = manifests.read(folder)
+    if record["status"] == "finished":
+        raise RunError(f"{folder}: this run is finished; start a new one with `medlora train RECIPE`")
+    checkpoint = _last_checkpoint(folder)
+    prepared = prepare(load_recipe(folder / "recipe.yaml"))
+    if prepared.corpus.fingerprint != record["data"]["sha256"]:
+        raise RunError(f"{folder}: the data has changed since this run began; restore it, or start a new run")
+    say(f"Going on from {checkpoint}")
+    return _run(prepared, folder, record | {"status": "running"}, checkpoint, say)
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    found = sorted(folder.glob("checkpoints/checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    whole = [c for c in found if (c / "trainer_state.json").is_file() and (c / "optimizer.pt").is_file()]
+    if not whole:
+        raise RunError(f"{folder}: no checkpoint to go on from; start again with `medlora train RECIPE`")
+    return whole[-1]
+
+
+def _run(prepared: Prepared, folder: Path, record: dict[str, Any], checkpoint: Path | None, say: Say) -> Result:
+    recipe, corpus = prepared.recipe, prepared.corpus
+    for line in corpus.summary():
+        say(line)
+    model = add_lora(load_model(prepared.base, recipe.base), recipe.lora, recipe.training.seed)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if record.setdefault("trainable_parameters", trainable) != trainable:
+        raise RunError(f"{folder}: the adapter had {record['trainable_parameters']:,} weights, now {trainable:,}")
+    engine = choose_engine(model, recipe)
+    say(f"{trainable:,} trainable weights on {_device_name()}; engine {engine.why}")
+    record |= {"device": _device_name(), "engine": engine.why}
+
+    assistant = Assistant(model, prepared.tokenizer)
+    before = record.get("before")
+    if recipe.evaluation.before_and_after and before is None:
+        before = record["before"] = _measure(recipe, corpus, assistant, "before", tuned=False)
+
+    finished = _optimise(prepared, model, engine, folder, record, checkpoint)
+    save_adapter(model, prepared.tokenizer, folder / "adapter", prepared.base, recipe.base)
+    record["loss_history"] = manifests.history(folder)
+    if finished and recipe.evaluation.before_and_after:
+        record["after"] = _measure(recipe, corpus, assistant, "after", tuned=True)
+    record |= {"status": "finished" if finished else "interrupted", "ended": manifests.now()}
+    held = {side: record[side]["loss"] for side in ("before", "after") if "loss" in record.get(side, {})}
+    if record["loss_history"]:
+        manifests.plot_loss(folder, held)
+    manifests.write(folder, record)
+    if finished and not recipe.training.save_steps:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return Result(folder, finished, record)
+
+
+def _optimise(
+    prepared: Prepared, model: Any, engine: Any, folder: Path, record: dict[str, Any], checkpoint: Path | None
+) -> bool:
+    """Train to the last step, or to Ctrl-C. True when the last step was reached."""
+    recipe = prepared.recipe
+    model.train()
+    started = time.monotonic()
+    with Interrupt() as interrupt, bar("Training", recipe.training.max_steps) as progress:
+        watch = Watch(progress, folder / "metrics.jsonl")
+        trainer = make_trainer(
+            recipe,
+            model,
+            prepared.tokenizer,
+            prepared.corpus.train,
+            engine,
+            folder / "checkpoints",
+            [watch, interrupt],
+        )
+        if recipe.training.tensorboard:
+            trainer.add_callback(tensorboard(folder / "tensorboard"))
+        _count_tokens(trainer, watch)
+        with running(trainer):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    model.eval()
+    record["training_seconds"] = round(record.get("training_seconds", 0) + time.monotonic() - started, 1)
+    record["trained_tokens"] = record.get("trained_tokens", 0) + watch.tokens
+    record["tokens_per_second"] = round(watch.tokens / max(watch.seconds, 1e-9), 1)
+    record["steps"] = trainer.state.global_step
+    if torch.cuda.is_available():
+        record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return bool(trainer.state.global_step >= recipe.training.max_steps)
+
+
+def _count_tokens(trainer: Any, watch: Watch) -> None:
+    """Count real tokens as they are trained; the loader runs ahead, so not there."""
+    step = trainer.training_step
+
+    def counting(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        real = inputs["input_ids"] if isinstance(trainer, PackedTrainer) else inputs["attention_mask"]
+        watch.count(real.numel() if isinstance(trainer, PackedTrainer) else int(real.sum()))
+        return step(model, inputs, *args, **kwargs)
+
+    trainer.training_step = counting
+
+
+def _measure(recipe: Recipe, corpus: Corpus, assistant: Assistant, side: str, *, tuned: bool) -> dict[str, Any]:
+    """Held-out loss and the answers to the recipe's prompts. Before training the adapter is the identity."""
+    measured: dict[str, Any] = {}
+    if corpus.valid:
+        held: HeldOut = held_out_loss(assistant.model, corpus.valid, f"Held-out loss, {side}")
+        measured |= {
+            "loss": held.loss,
+            "perplexity": held.perplexity,
+            "tokens": held.tokens,
+            "rows": held.rows,
+        }
+    settings = Sampling.from_recipe(recipe.generation).override(seed=recipe.training.seed)
+    assistant.model.eval()
+    prompts = recipe.generation.prompts
+    with bar(f"Answers, {side}", len(prompts)) as progress:
+        measured["answers"] = []
+        for prompt in prompts:
+            answer = assistant.ask(prompt, settings, tuned=tuned)
+            measured["answers"].append({"prompt": prompt, "answer": answer.text, "finished": answer.finished})
+            progress.advance(1, f"{answer.tokens / answer.seconds:.0f} tokens/s")
+    return measured
+
+
+def _device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
