@@ -1,0 +1,109 @@
+"""Toy models in the formats that users have: a LLaMA-2-style folder with a SentencePiece tokenizer and shards."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from medlora.privacy import quiet
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+quiet()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+TEXTS = [
+    "Ascariasis is an infection of the intestine by the roundworm Ascaris lumbricoides.",
+    "Gout is a form of arthritis in which crystals of uric acid settle in the joints.",
+    "Asthma is a chronic disease of the airways with wheezing and shortness of breath.",
+    "Metformin lowers the glucose that the liver releases and is used in type 2 diabetes.",
+    "Spirometry measures how much air a person can breathe out and how fast.",
+    "The spleen filters the blood and stores platelets and white blood cells.",
+]
+MEDQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "medquad"
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaMA-2-style base: tokenizer.model, two safetensors shards, 64 wide, 2 layers, grouped keys."""
+    import sentencepiece
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+    folder = tmp_path_factory.mktemp("toy-llama2")
+    corpus = folder / "corpus.txt"
+    corpus.write_text("\n".join(TEXTS * 40 + ["[INST] Please tell me about gout [/INST]"] * 20), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    corpus.unlink()
+    (folder / "tokenizer.vocab").unlink()
+    tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="150KB")
+    tokenizer.save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").is_file()
+    return folder
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, str | bytes], Path]:
+    """Write a file below tmp_path."""
+
+    def make(name: str, content: str | bytes) -> Path:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content) if isinstance(content, bytes) else file.write_text(content, encoding="utf-8")
+        return file
+
+    return make
+
+
+@pytest.fixture
+def toy(llama_folder: Path, write: Callable[..., Path]) -> Callable[..., Any]:
+    """A recipe on the toy base and a few question-answer rows, with any overrides."""
+    import json
+
+    from medlora.recipe import load_recipe
+
+    def make(*overrides: str, rows: int = 24) -> Any:
+        lines = [
+            json.dumps({"prompt": f"Question {i}: what is this?", "completion": TEXTS[i % len(TEXTS)]})
+            for i in range(rows)
+        ]
+        data = write("rows.jsonl", "\n".join(lines))
+        recipe = write(
+            "toy.yaml",
+            f"""
+name: toy
+base: {{model: {llama_folder}, compute_dtype: float32}}
+data: {{path: {data}, max_length: 128, valid_fraction: 0.2}}
+prompt: {{template: llama2}}
+lora: {{r: 4, lora_dropout: 0.0, target_modules: all-linear}}
+training: {{max_steps: 4, learning_rate: 1e-2, logging_steps: 1}}
+generation: {{prompts: ["Question 1: what is this?"], max_new_tokens: 8}}
+""",
+        )
+        return load_recipe(recipe, overrides)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Path:
+    """The embedded base, fetched once; tests that need it are skipped where it cannot be had."""
+    from medlora.assets import embedded_base
+    from medlora.errors import AssetError
+
+    offline = os.environ.pop("HF_HUB_OFFLINE")
+    try:
+        return embedded_base()
+    except AssetError as error:
+        pytest.skip(f"no embedded base: {error}")
+    finally:
+        os.environ["HF_HUB_OFFLINE"] = offline

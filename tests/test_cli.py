@@ -1,0 +1,188 @@
+"""The command line as a new user meets it: help, one-sentence errors with exit codes, JSON, chat."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from medlora import cli
+from medlora.errors import MedloraError
+from medlora.generate.answer import NOTICE
+from medlora.train import run
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def medlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """Run a command in this process; (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        import io
+
+        monkeypatch.setattr(sys, "argv", ["medlora", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def adapter(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, trained on the toy base."""
+    folder = tmp_path_factory.mktemp("cli")
+    rows = [json.dumps({"prompt": f"Question {i}?", "completion": "An answer."}) for i in range(12)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    (folder / "r.yaml").write_text(
+        f"name: toy\nbase: {{model: {llama_folder}}}\nprompt: {{template: llama2}}\n"
+        f"data: {{path: {folder / 'rows.jsonl'}, valid_fraction: 0.3, max_length: 128}}\n"
+        "training: {max_steps: 2}\ngeneration: {max_new_tokens: 4}\n"
+    )
+    from medlora.recipe import load_recipe
+
+    return run.train(load_recipe(folder / "r.yaml"), folder / "run", lambda line: None).folder
+
+
+def test_help_starts_fast_because_nothing_heavy_is_imported() -> None:
+    code = "import sys, medlora.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'pydantic', 'rich')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["ask"], ["chat"], ["recipes"], ["recipes", "show"], ["doctor"]])
+def test_every_command_has_help(medlora: Cli, command: list[str]) -> None:
+    code, out, _ = medlora(*command, "--help")
+    assert code == 0 and "Usage:" in out and len(out) > 100
+
+
+def test_recipes_list_and_show(medlora: Cli) -> None:
+    assert "llama2-medical" in medlora("recipes", "list")[1]
+    assert set(json.loads(medlora("recipes", "list", "--json")[1])) >= {"demo", "medquad"}
+    assert "# medlora train demo" in medlora("recipes", "show", "demo")[1]
+    shown = json.loads(medlora("recipes", "show", "demo", "--set", "lora.r=3", "--json")[1])
+    assert shown["lora"]["r"] == 3 and shown["training"]["seed"] == 42
+
+
+def test_doctor_reports_versions_and_what_fits(medlora: Cli) -> None:
+    code, out, _ = medlora("doctor", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["versions"]["torch"] and report["device"]["free_bytes"] > 0
+    sizes = [entry["estimated_bytes"] for entry in report["can_train"]]
+    assert sizes == sorted(sizes) and report["can_train"][0]["fits"]
+    assert "Llama-2-7B" in medlora("doctor")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["train", "nowhere.yaml"], 2, "no such recipe file"),
+        (["train"], 2, "give a RECIPE, or --resume"),
+        (["train", "demo", "--set", "lora.r=0"], 2, "--set lora.r=0"),
+        (["train", "demo", "--set", "data.path=missing.csv"], 3, "missing.csv: no such file"),
+        (["train", "demo", "--set", "base.model=./missing"], 4, "no such folder or file"),
+        (["train", "--resume", "nowhere"], 6, "not a run of medlora"),
+        (["ask", "hi", "--adapter", "nowhere"], 4, "no adapter here"),
+        (["ask", "hi", "--base", "nobody/nothing", "--offline"], 4, "--offline forbids"),
+        (["ask"], 2, "Missing argument 'QUESTION'"),
+        (["trian"], 2, "No such command"),
+    ],
+)
+def test_errors_are_one_sentence_with_an_exit_code(
+    medlora: Cli, arguments: list[str], code: int, part: str, embedded: Path
+) -> None:
+    got, out, err = medlora(*arguments)
+    assert got == code and part in err and "Traceback" not in err + out
+
+
+def test_each_kind_of_error_has_its_own_exit_code() -> None:
+    codes = [kind.exit_code for kind in MedloraError.__subclasses__()]
+    assert len(set(codes)) == len(codes) == 5 and 0 not in codes
+
+
+def test_preview_shows_each_token_with_its_mask(medlora: Cli, toy: Callable[..., Any], tmp_path: Path) -> None:
+    toy()
+    code, out, _ = medlora("train", "toy.yaml", "--preview")
+    assert code == 0 and "|" in out and "</s>" in out and "rows to train on" in out
+    lines = out.splitlines()
+    assert lines[1].startswith("  <s>") and any(line == "| </s>" for line in lines)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ask_streams_with_a_notice_and_compare_shows_both(medlora: Cli, adapter: Path) -> None:
+    code, out, _ = medlora("ask", "Question 1?", "--adapter", adapter, "--max-new-tokens", "4", "--compare")
+    assert code == 0 and "untuned:" in out and "tuned:" in out and out.rstrip().endswith(NOTICE)
+    assert NOTICE not in medlora("ask", "Question 1?", "--adapter", adapter, "--max-new-tokens", "4", "--no-notice")[1]
+
+
+def test_json_answers_carry_no_notice(medlora: Cli, adapter: Path) -> None:
+    code, out, _ = medlora("ask", "Question 1?", "--adapter", adapter, "--max-new-tokens", "4", "--compare", "--json")
+    answer = json.loads(out)
+    assert code == 0 and set(answer) == {"question", "untuned", "tuned"} and answer["tuned"]["tokens"] <= 4
+    assert NOTICE not in out
+
+
+def test_ask_finds_the_newest_run(medlora: Cli, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy").symlink_to(adapter)
+    code, _, err = medlora("ask", "hi", "--max-new-tokens", "2")
+    assert code == 0 and "(adapter: runs/toy)" in err
+
+
+def test_chat_keeps_history_resets_and_switches(medlora: Cli, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[int, bool]] = []
+
+    def stream(self: Any, messages: Any, settings: Any, *, tuned: bool) -> Any:
+        heard.append((len(messages), tuned))
+        yield "fine"
+
+    monkeypatch.setattr("medlora.generate.answer.Assistant.stream", stream)
+    said = "one\ntwo\n/base\nthree\n/reset\nfour\n/what\n/exit\n"
+    code, out, _ = medlora("chat", "--adapter", adapter, stdin=said)
+    assert code == 0 and heard == [(1, True), (3, True), (5, False), (1, False)]
+    assert "(forgotten)" in out and "(untuned model answers)" in out and "no command /what" in out
+    assert out.count(NOTICE) == 1
+
+
+def test_the_adapter_of_another_base_is_refused(medlora: Cli, adapter: Path, embedded: Path) -> None:
+    code, _, err = medlora("ask", "hi", "--adapter", adapter, "--base", embedded)
+    assert code == 4 and "trained on another base" in err
+
+
+def test_train_prints_the_manifest_as_json(medlora: Cli, toy: Callable[..., Any]) -> None:
+    toy()
+    code, out, _ = medlora("train", "toy.yaml", "--set", "training.max_steps=1", "--json", "--output", "out")
+    assert code == 0 and json.loads(out)["status"] == "finished"
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    medlora: Cli, toy: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    from medlora.train.callbacks import Watch
+
+    toy()
+    on_step_begin = Watch.on_step_begin
+
+    def interrupted(self: Watch, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        on_step_begin(self, args, state, control, **rest)
+
+    monkeypatch.setattr(Watch, "on_step_begin", interrupted)
+    code, _, err = medlora("train", "toy.yaml", "--output", "out")
+    assert code == 130 and "go on with: medlora train --resume out" in err
+    monkeypatch.setattr(Watch, "on_step_begin", on_step_begin)
+    code, out, _ = medlora("train", "--resume", "out")
+    assert code == 0 and "Going on from out/checkpoints/checkpoint-2" in out
