@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from conftest import MEDQUAD
+
 from medlora.data.sources import load
 from medlora.errors import DataError
 from medlora.recipe import Columns, Data

@@ -5,7 +5,7 @@ The template and the end tokens are those that lie beside the adapter; nothing h
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,19 +93,17 @@ class Assistant:
         sampler, ends = Sampler(settings, device), self._ends()
         ids = torch.tensor([prompt], device=device)
         fed, cache = ids, None
-        untuned: AbstractContextManager[Any] = nullcontext()
-        for _ in range(room):
-            if self.has_adapter and not tuned:
-                untuned = self.model.disable_adapter()
-            with torch.inference_mode(), untuned:
-                out = self.model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                token = sampler(ids, out.logits[:, -1])
-            cache = out.past_key_values
-            yield token
-            if token in ends:
-                return
-            fed = torch.tensor([[token]], device=device)
-            ids = torch.cat([ids, fed], 1)
+        with self.model.disable_adapter() if self.has_adapter and not tuned else nullcontext():
+            for _ in range(room):
+                with torch.inference_mode():  # left before each yield: it must not reach the caller
+                    out = self.model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    token = sampler(ids, out.logits[:, -1])
+                cache = out.past_key_values
+                yield token
+                if token in ends:
+                    return
+                fed = torch.tensor([[token]], device=device)
+                ids = torch.cat([ids, fed], 1)
 
     def _room(self, prompt: int, settings: Sampling) -> int:
         context: int = self.model.config.max_position_embeddings
