@@ -1,0 +1,120 @@
+"""Causal attention of a packed row that stays inside its documents, with the rotary embedding before it.
+
+The flash kernel behind torch.nn.attention.varlen takes documents of any length in one launch. It is called
+here through aten, inside an autograd function that owns the fused q, k, v buffer: the rotation happens in
+that buffer, and the backward pass writes the three gradients into one, ready for the product that follows.
+Elsewhere (float32, odd head sizes, a CPU) documents pass one by one through scaled_dot_product_attention.
+
+Shapes: T tokens of the row, H query heads, K key heads, C head size.
+"""
+
+# torch leaves Function.apply untyped
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .rope import rope, rope_, rope_back
+
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+# Not cuDNN's: with torch's own choice of backend, which may be that one, rows of short documents gave NaN.
+SAFE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class Documents(NamedTuple):
+    """A row's positions and borders, in the forms that attention reads."""
+
+    cos: Tensor
+    sin: Tensor
+    borders: list[int]
+    """[0, ..., T] on the host."""
+    starts: Tensor
+    """The same on the device, int32."""
+    longest: int
+
+    @classmethod
+    def of(cls, cos: Tensor, sin: Tensor, borders: list[int]) -> Documents:
+        """From the rotary tables [T, C] and the borders; does not wait for the device."""
+        starts = torch.tensor(borders, dtype=torch.int32)
+        if cos.is_cuda:  # only from pinned memory is the copy asynchronous
+            starts = starts.pin_memory().to(cos.device, non_blocking=True)
+        return cls(cos, sin, borders, starts, max(stop - start for start, stop in pairwise(borders)))
+
+
+class _FlashAttention(Function):
+    """Rope and causal attention inside documents. `qkv` [T, (H + 2 K) C] is overwritten by its rotation, so
+    the function that made it must not have kept it."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
+        q, k, v = _heads(qkv, heads)
+        rope_(q, k, row.cos, row.sin)
+        out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, row.starts, row.starts, row.longest, row.longest, 0.0, True, False, scale=scale
+        )
+        ctx.save_for_backward(qkv, out, lse, rng, unused)
+        ctx.row, ctx.heads, ctx.scale = row, heads, scale
+        y: Tensor = out.view(len(qkv), -1)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (qkv, out, lse, rng, unused), row, n = ctx.saved_tensors, ctx.row, ctx.row.longest
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            grad.view(out.shape), *_heads(qkv, ctx.heads), out, lse, row.starts, row.starts, n, n, 0.0, True,
+            rng, unused, scale=ctx.scale,
+        )  # fmt: skip
+        d_qkv = torch.empty_like(qkv)
+        to_q, to_k, to_v = _heads(d_qkv, ctx.heads)
+        rope_back(dq, dk, to_q, to_k, row.cos, row.sin)
+        to_v.copy_(dv)
+        return d_qkv, None, None, None
+
+
+def _heads(qkv: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Views q [T, H, C], k and v [T, K, C]."""
+    H, K, C = heads
+    q, k, v = qkv.view(len(qkv), H + 2 * K, C).split((H, K, K), 1)
+    return q, k, v
+
+
+def _flash_takes(qkv: Tensor, head_size: int) -> bool:
+    ready = qkv.is_cuda and qkv.dtype in FLASH_DTYPES and head_size % 8 == 0 and head_size <= 256
+    return ready and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
+
+
+def attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
+    """Rotary positions and causal attention inside documents: [T, (H + 2 K) C] -> [T, H C].
+
+    Through the flash kernel of torch.nn.attention.varlen where dtype, head size and device allow, else
+    document by document through scaled_dot_product_attention. The first overwrites `qkv`.
+
+    Args:
+        heads: (H, K, C).
+        scale: factor of the scores, usually C ** -0.5.
+    """
+    if _flash_takes(qkv, heads[2]):
+        out: Tensor = _FlashAttention.apply(qkv, row, heads, scale)
+        return out
+    q, k, v = _heads(qkv, heads)
+    q, k, v = (t.transpose(0, 1)[None] for t in (*rope(q, k, row.cos, row.sin), v))
+    return by_document(q, k, v, row.borders, scale)[0].transpose(0, 1).reshape(len(qkv), -1)
+
+
+def by_document(q: Tensor, k: Tensor, v: Tensor, borders: list[int], scale: float) -> Tensor:
+    """Causal attention of each document by itself: q [1, H, T, C], k, v [1, K, T, C] -> [1, H, T, C]."""
+    with sdpa_kernel(SAFE):
+        parts = [
+            F.scaled_dot_product_attention(
+                q[:, :, i:j], k[:, :, i:j], v[:, :, i:j], is_causal=True, scale=scale, enable_gqa=True
+            )
+            for i, j in pairwise(borders)
+        ]
+    return torch.cat(parts, 2)

@@ -1,0 +1,128 @@
+"""Inverted dropout whose mask is a function of (seed, element index) and is never stored.
+
+    y_i = [draw_i >= p] x_i / (1 - p)        draw_i from Philox 4x32-7, Salmon et al. 2011 (Random123)
+
+A stored mask costs a byte an element and a second pass; a counter-based generator gives the same bits again
+from the seed, in the backward pass and on any device. One Philox call yields four 32-bit words: they are
+split into eight 16-bit draws, so that a thread makes one call for the eight bf16 elements of one 16-byte
+access, and the arithmetic stays below the cost of the memory traffic. A 16-bit draw rounds p to a multiple of
+2^-16, an error below 1e-5.
+
+Which word serves which element (0, 2, 1, 3, low half first) is what two `tl.join` give without moving data
+between threads; `reference.dropout_mask` is the same function in integer PyTorch, and the CPU's
+implementation.
+"""
+
+# torch leaves Function.apply untyped
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import ceil_div, jit, tl, use_triton
+
+GROUPS = 256  # Philox calls a program: 2048 elements
+
+
+@partial(jit, do_not_specialize=["seed"])  # or every kind of seed would compile its own kernel
+def _dropout_kernel(
+    x: tl.tensor,
+    acc: tl.tensor,
+    y: tl.tensor,
+    n: int,
+    threshold: int,
+    scale: float,
+    seed: tl.int64,  # or Triton reads the annotation as 32 bits
+    ADD: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """y = (acc +) mask * x * scale over elements [pid * 8 GROUPS, (pid + 1) * 8 GROUPS)."""
+    pid = tl.program_id(0)
+    r0, r1, r2, r3 = tl.randint4x(seed, pid * GROUPS + tl.arange(0, GROUPS), 7)
+    words = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), (GROUPS, 4))
+    draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (GROUPS * 8,)).to(tl.int32)
+    at = pid.to(tl.int64) * (GROUPS * 8) + tl.arange(0, GROUPS * 8)
+    inside = at < n
+    value = tl.where(draws >= threshold, tl.load(x + at, inside).to(tl.float32) * scale, 0.0)
+    if ADD:
+        value += tl.load(acc + at, inside).to(tl.float32)
+    tl.store(y + at, value.to(y.dtype.element_ty), inside)
+
+
+def _launch(x: Tensor, acc: Tensor | None, y: Tensor, p: float, seed: int) -> None:
+    n = x.numel()
+    _dropout_kernel[(ceil_div(n, GROUPS * 8),)](
+        x, x if acc is None else acc, y, n, round(p * 65536), 1 / (1 - p), seed,
+        ADD=acc is not None, GROUPS=GROUPS, num_warps=4,
+    )  # fmt: skip
+
+
+def _check(p: float, seed: int) -> None:
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout probability must be in [0, 1), got {p}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"dropout seed must be in [0, 2**63), got {seed}")
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        y = torch.empty_like(x)
+        _launch(x, None, y, p, seed)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return dropout(grad, ctx.p, ctx.seed), None, None
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """mask(seed) * x / (1 - p), differentiable; applied to a gradient it is its own backward pass.
+
+    Args:
+        x: any shape, fp32, bf16 or fp16; elements are numbered in row-major order.
+        p: probability of a zero, in [0, 1).
+        seed: in [0, 2**63); one seed, one mask, on every device. p = 0 returns x itself.
+
+    Raises:
+        ValueError: p or seed outside its range.
+    """
+    _check(p, seed)
+    if p == 0:
+        return x
+    if not use_triton(x):
+        return reference.dropout(x, p, seed)
+    x = x.contiguous()
+    if torch.is_grad_enabled() and x.requires_grad:
+        y: Tensor = _Dropout.apply(x, p, seed)
+        return y
+    y = torch.empty_like(x)  # autograd's bookkeeping would cost the host more than the launch
+    _launch(x, None, y, p, seed)
+    return y
+
+
+@torch.no_grad()
+def dropout_add_(acc: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
+    """acc += mask(seed) * x / (1 - p) in place, summed in fp32 and rounded once; returns acc.
+
+    The input gradient of a LoRA layer in one pass: acc comes from the base weight, x from the adapter.
+
+    Args:
+        acc, x: contiguous, of one shape; p and seed as `dropout`.
+
+    Raises:
+        ValueError: shapes differ, a tensor is not contiguous, or p or seed is outside its range.
+    """
+    _check(p, seed)
+    if acc.shape != x.shape or not (acc.is_contiguous() and x.is_contiguous()):
+        raise ValueError(f"acc {tuple(acc.shape)} and x {tuple(x.shape)} must be contiguous and of one shape")
+    if use_triton(acc):
+        _launch(x, acc, acc, p, seed)
+        return acc
+    return acc.copy_(acc.float() + reference.dropout(x.float(), p, seed))

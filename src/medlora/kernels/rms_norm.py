@@ -1,0 +1,166 @@
+"""RMS norm with an optional fused residual addition, forward and backward.
+
+    h = x + residual        r = rsqrt(mean(h^2) + eps)        n = h r        y = w n
+    dh = r (w dy - n mean(n w dy)) + d_new_residual        Zhang & Sennrich 2019 (arXiv 1910.07467)
+
+One program holds one row in registers, so a row is read and written once. Kept for the backward pass: h,
+which the caller needs anyway as the next residual, and the fp32 r [T]. The weight is frozen in LoRA training
+and then gets no gradient; where it does require one, a fixed number of programs walk the rows and sum their
+share in fp32. Rounding follows Hugging Face LLaMA: h r is rounded to the input dtype before the
+multiplication by w.
+
+Shapes: T tokens, D hidden.
+"""
+
+# torch leaves Function.apply untyped
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import jit, row_launch, tl, use_triton
+
+WEIGHT_PROGRAMS = 256  # programs, and fp32 partial rows, of a weight gradient
+
+
+@jit
+def _forward_kernel(
+    x: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    y: tl.tensor,
+    h: tl.tensor,
+    rms: tl.tensor,
+    D: int,
+    eps: float,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """One row: y and r, and h where a residual is added."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    inside = col < D
+    value = tl.load(x + row * D + col, inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(residual + row * D + col, inside, other=0.0).to(tl.float32)
+        total = value.to(h.dtype.element_ty)
+        tl.store(h + row * D + col, total, inside)
+        value = total.to(tl.float32)
+    r = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+    normed = (value * r).to(y.dtype.element_ty).to(tl.float32)
+    w = tl.load(weight + col, inside, other=0.0).to(tl.float32)
+    tl.store(y + row * D + col, (normed * w).to(y.dtype.element_ty), inside)
+    tl.store(rms + row, r)
+
+
+@jit
+def _backward_kernel(
+    dy: tl.tensor,
+    dh: tl.tensor,
+    h: tl.tensor,
+    weight: tl.tensor,
+    rms: tl.tensor,
+    dx: tl.tensor,
+    dw: tl.tensor,
+    T: int,
+    D: int,
+    RESIDUAL: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Rows pid, pid + programs, ...: dx, and the sum of this program's weight gradients."""
+    first = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    inside = col < D
+    w = tl.load(weight + col, inside, other=0.0).to(tl.float32)
+    share = tl.zeros((BLOCK,), tl.float32)
+    for row in range(first, T, tl.num_programs(0)):
+        g = tl.load(dy + row * D + col, inside, other=0.0).to(tl.float32)
+        r = tl.load(rms + row)
+        normed = tl.load(h + row * D + col, inside, other=0.0).to(tl.float32) * r
+        if WEIGHT:
+            share += g * normed.to(dx.dtype.element_ty).to(tl.float32)
+        g *= w
+        grad = r * (g - normed * (tl.sum(g * normed, 0) / D))
+        if RESIDUAL:
+            grad += tl.load(dh + row * D + col, inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * D + col, grad.to(dx.dtype.element_ty), inside)
+    if WEIGHT:
+        tl.store(dw + first * D + col, share, inside)
+
+
+def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x [T, D] -> y, h, r; h is x where nothing is added."""
+    T, D = x.shape
+    y, r = torch.empty_like(x), torch.empty(T, dtype=torch.float32, device=x.device)
+    add, h = (x, x) if residual is None else (residual, torch.empty_like(x))
+    _forward_kernel[(T,)](x, add, weight, y, h, r, D, eps, ADD=residual is not None, **row_launch(D))
+    return y, h, r
+
+
+def _backward(
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, r: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h [T, D] and, if asked for, of the weight [D]."""
+    T, D = h.shape
+    programs = min(T, WEIGHT_PROGRAMS) if weight_grad else T
+    dx = torch.empty_like(h)
+    dw = torch.empty(programs, D, dtype=torch.float32, device=h.device) if weight_grad else None
+    _backward_kernel[(programs,)](
+        dy, dy if dh is None else dh, h, weight, r, dx, r if dw is None else dw, T, D,
+        RESIDUAL=dh is not None, WEIGHT=weight_grad, **row_launch(D),
+    )  # fmt: skip
+    return dx, None if dw is None else dw.sum(0).to(weight.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        y, h, r = _forward(x, residual, weight, eps)
+        ctx.save_for_backward(h, weight, r)
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        h, weight, r = ctx.saved_tensors
+        if dy is None:  # the norm was not used, only the sum
+            return dh, dh, None, None
+        dh = None if dh is None else dh.contiguous()
+        dx, dw = _backward(dy.contiguous(), dh, h, weight, r, ctx.needs_input_grad[2])
+        return dx, dx if ctx.needs_input_grad[1] else None, dw, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y = weight * x / sqrt(mean(x^2) + eps) over the last dimension, in x's dtype.
+
+    Args:
+        x: [..., D], fp32, bf16 or fp16.
+        weight: [D], any float dtype; its gradient is computed only if it requires one.
+
+    Raises:
+        ValueError: D above 65536.
+    """
+    if not use_triton(x):
+        return reference.rms_norm(x, weight, eps)[0]
+    y: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), None, weight, eps)
+    return y.view(x.shape)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(h), h) with h = x + residual, in one pass; shapes and errors as `rms_norm`.
+
+    Args:
+        residual: as x in shape and dtype.
+    """
+    if not use_triton(x):
+        return reference.rms_norm(x, weight, eps, residual)
+    flat, other = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, residual))
+    y, h = _RMSNorm.apply(flat, other, weight, eps)
+    return y.view(x.shape), h.view(x.shape)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from medlora.kernels import nf4, reference
+
+functional = pytest.importorskip("bitsandbytes.functional")
+
+
+def quantize(N, K, double, device):
+    """Blocks of unequal scale; flat, as bitsandbytes' CPU code is wrong for rows that end within a block."""
+    weight = (torch.randn(N, K) * torch.rand(N, 1)).flatten()
+    return functional.quantize_4bit(weight.to(device), quant_type="nf4", compress_statistics=double)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize(("N", "K"), [(1, 64), (3, 64), (96, 96), (127, 576), (2049, 64)])
+def test_equals_bitsandbytes(N, K, double, dtype, device):
+    codes, state = quantize(N, K, double, device)
+    expected = functional.dequantize_4bit(codes, state).view(N, K)
+    out = torch.full((N, K), torch.nan, dtype=dtype, device=device)
+    assert nf4.dequantize_nf4(codes, state.absmax, out, nf4.DoubleQuant.of(state)) is out
+    assert torch.equal(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+def test_reference_equals_bitsandbytes(double):
+    codes, state = quantize(127, 576, double, "cpu")
+    absmax = reference.dequantize_absmax(state.absmax, *nf4.DoubleQuant.of(state)) if double else state.absmax
+    expected = functional.dequantize_4bit(codes, state).view(-1)
+    assert torch.equal(reference.dequantize_nf4(codes, absmax), expected)
+
+
+def test_every_code(device):
+    codes = torch.arange(256, dtype=torch.uint8, device=device)
+    out = torch.empty(8, 64, device=device)
+    nf4.dequantize_nf4(codes, torch.ones(8, device=device), out)
+    table = torch.tensor(reference.NF4_VALUES, device=device)
+    assert torch.equal(out.view(16, 16, 2)[..., 0], table[:, None].expand(16, 16))
+    assert torch.equal(out.view(16, 16, 2)[..., 1], table.expand(16, 16))
+
+
+def test_refuses_what_does_not_fit(device):
+    codes, state = quantize(96, 96, False, device)
+    out = torch.empty(96, 96, device=device)
+    with pytest.raises(ValueError, match="do not make"):
+        nf4.dequantize_nf4(codes, state.absmax, out[:64])
+    with pytest.raises(ValueError, match="contiguous"):
+        nf4.dequantize_nf4(codes, state.absmax, out.T)
+    with pytest.raises(ValueError, match="absmax"):
+        nf4.dequantize_nf4(codes, state.absmax.byte(), out)
+    state.blocksize = 128
+    with pytest.raises(ValueError, match="blocks of 64"):
+        nf4.DoubleQuant.of(state)

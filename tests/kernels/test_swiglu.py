@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from medlora.kernels import reference
+from medlora.kernels.swiglu import swiglu, swiglu_backward
+
+
+def expectation(gate, up, dy):
+    g, u = (t.detach().float().requires_grad_() for t in (gate, up))
+    y = reference.swiglu(g, u)
+    y.backward(dy.float())
+    return y, g.grad, u.grad
+
+
+@pytest.mark.parametrize(("T", "F"), [(1, 576), (3, 96), (127, 1500)])
+def test_halves_of_one_buffer(T, F, dtype, device, close):
+    both = torch.randn(T, 2 * F, device=device).mul(3).to(dtype).requires_grad_()
+    gate, up = both.chunk(2, dim=1)
+    dy = torch.randn(T, F, device=device).to(dtype)
+    expected, dgate, dup = expectation(gate, up, dy)
+    y = swiglu(gate, up)
+    y.backward(dy)
+    close(y, expected)
+    close(both.grad[:, :F], dgate)
+    close(both.grad[:, F:], dup)
+
+
+def test_many_rows(device, close):
+    gate, up = torch.randn(2, 2049, 8, device=device).unbind()
+    close(swiglu(gate, up), reference.swiglu(gate, up))
+
+
+def test_gradients_into_the_inputs(dtype, device, close):
+    both = torch.randn(3, 192, device=device).to(dtype)
+    gate, up = both.chunk(2, dim=1)
+    dy = torch.randn(3, 96, device=device).to(dtype)
+    _, dgate, dup = expectation(gate, up, dy)
+    got = swiglu_backward(dy, gate, up, gate, up)
+    assert got[0] is gate and got[1] is up
+    close(both[:, :96], dgate)
+    close(both[:, 96:], dup)
+
+
+def test_reference_backward_is_autograd(close):
+    gate, up, dy = torch.randn(3, 7, 96).mul(3).unbind()
+    _, dgate, dup = expectation(gate, up, dy)
+    got = reference.swiglu_backward(dy, gate, up)
+    close(got[0], dgate)
+    close(got[1], dup)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # exp, on the way to 1 / inf
+def test_extremes_stay_finite(device):
+    gate = torch.tensor([[-1e4, -100.0, 0.0, 100.0, 1e4]], device=device)
+    y = swiglu(gate, torch.ones_like(gate))
+    assert torch.equal(y.cpu(), torch.tensor([[0.0, 0.0, 0.0, 100.0, 1e4]]))
+
+
+def test_refuses_unlike_inputs(device):
+    gate = torch.randn(3, 96, device=device)
+    with pytest.raises(ValueError, match="alike"):
+        swiglu(gate, gate[:2])
+    with pytest.raises(ValueError, match="dense"):
+        swiglu(gate.T, gate.T)
