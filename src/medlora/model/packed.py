@@ -1,12 +1,13 @@
 """Packed rows: several documents in one row without padding, attention and positions kept inside each.
 
-The token mean over a packed row equals the token mean over the same documents in padded micro-batches, so packing
-changes the speed and not the mathematics. Transformers' own decoder layers run; what is swapped in while a packed
-row passes through is the attention function and, on a CPU, the forward of PEFT's LoRA layers.
+The token mean over a packed row equals the token mean over the same documents in padded micro-batches, so
+packing changes the speed and not the mathematics. While packed rows pass, the decoder's forward is swapped:
+on a GPU for `fused.Fused` as a whole; on a CPU, and where a model is unfusable, Transformers' own decoder
+layers run and only their attention function and, on a CPU, the forward of PEFT's LoRA layers are ours.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from medlora.data.prompts import IGNORE, Example
 from medlora.kernels import cpu
+from medlora.kernels.attention import by_document
+from medlora.kernels.cross_entropy import linear_cross_entropy
+from medlora.model.fused import Fused, Unfusable
 
 FAMILIES = ("llama", "mistral")
 ATTENTION = "medlora_varlen"
@@ -34,15 +38,34 @@ def unsupported(model: Any, max_length: int) -> str | None:
     return None
 
 
+def unfused(model: Any) -> str | None:
+    """Why packed rows of this model pass through Transformers' layers, or None if through the fused ones."""
+    found = _fused(model)
+    return found if isinstance(found, str) else None
+
+
+def _fused(model: Any, keep: bool = False) -> Fused | str:
+    causal = _causal(model)
+    if causal.lm_head.weight.device.type != "cuda":
+        return "the fused layers are for a GPU"
+    try:
+        return Fused(causal, keep)
+    except Unfusable as reason:
+        return str(reason)
+
+
 def pack(examples: Sequence[Example | dict[str, Any]]) -> Batch:
-    """One row: input_ids, labels, position_ids [1, T] int64, and the documents' borders [0, ..., T]."""
+    """One row: input_ids, labels, position_ids [1, T] int64, the documents' borders [0, ..., T], and how many
+    tokens are labelled: the host knows it here, and would have to wait for a GPU to count them again."""
     rows = [e if isinstance(e, dict) else {"input_ids": e.input_ids, "labels": e.labels} for e in examples]
     borders = [0]
     for row in rows:
         borders.append(borders[-1] + len(row["input_ids"]))
+    labels = [i for row in rows for i in row["labels"]]
     return {
         "input_ids": torch.tensor([[i for row in rows for i in row["input_ids"]]]),
-        "labels": torch.tensor([[i for row in rows for i in row["labels"]]]),
+        "labels": torch.tensor([labels]),
+        "labelled": sum(label != IGNORE for label in labels[1:]),
         "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
         "borders": borders,
     }
@@ -53,40 +76,71 @@ def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
     `model` is a causal LM of the LLaMA family or a `PeftModel` of one, inside `packing(model)`.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = _causal(model)
     head = causal.lm_head.weight
+    fused = isinstance(vars(causal.model).get("forward"), Fused)
     target = batch["labels"][0, 1:].to(head.device)
-    predicted = (target != IGNORE).nonzero()[:, 0]
-    with _autocast(head):
+    with nullcontext() if fused else _autocast(head):
         hidden = causal.model(
             input_ids=batch["input_ids"].to(head.device),
             position_ids=batch["position_ids"].to(head.device),
             use_cache=False,
             borders=batch["borders"],
-        ).last_hidden_state[0]
-    rows = hidden.index_select(0, predicted)
-    loss = _head_loss(rows.to(head.dtype), head, target[predicted])
-    return loss, torch.tensor(len(predicted))
+        ).last_hidden_state[0, :-1]
+    hidden, count = hidden.to(head.dtype), batch["labelled"]
+    if head.device.type == "cpu" and not fused:
+        predicted = (target != IGNORE).nonzero()[:, 0]
+        loss = cpu.linear_cross_entropy(hidden.index_select(0, predicted), head, target[predicted])
+    else:
+        loss = linear_cross_entropy(hidden, head, target, IGNORE, labelled=count)
+    return loss, torch.tensor(count)
 
 
 @contextmanager
-def packing(model: Any) -> Iterator[None]:
-    """Route attention, and on a CPU the LoRA layers, through medlora's kernels; put everything back at the end."""
+def packing(model: Any, fuse: bool | None = None, *, keep: bool = False) -> Iterator[None]:
+    """Route packed rows through medlora's kernels; put everything back at the end.
+
+    Args:
+        keep: whether the fused layers hold the base dequantised meanwhile: faster, for two bytes a weight.
+        fuse: whether the fused layers serve; by default on a GPU, where the model allows it.
+
+    Raises:
+        Unfusable: `fuse` is true and the model does not allow it.
+    """
+    fused = _fused(model, keep) if fuse is None else Fused(_causal(model), keep) if fuse else "not asked for"
+    if isinstance(fused, str):
+        with _unfused_packing(model):
+            yield
+        return
+    decoder = _causal(model).model
+    decoder.forward = fused
+    try:
+        yield
+    finally:
+        del decoder.forward
+
+
+@contextmanager
+def _unfused_packing(model: Any) -> Iterator[None]:
     from peft.tuners.lora import Linear
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
     before = model.config._attn_implementation
-    fused = [m for m in model.modules() if isinstance(m, Linear) and _fusable(m)]
+    lora = [m for m in model.modules() if isinstance(m, Linear) and _fusable(m)]
     model.config._attn_implementation = ATTENTION
-    for module in fused:
+    for module in lora:
         module.forward = _lora_forward.__get__(module)
     try:
         yield
     finally:
         model.config._attn_implementation = before
-        for module in fused:
+        for module in lora:
             del module.forward
+
+
+def _causal(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _attention(
@@ -103,13 +157,7 @@ def _attention(
     """Transformers' attention interface: q [1, H, T, C], k, v [1, K, T, C] -> [1, T, H, C]."""
     if q.device.type == "cpu":
         return cpu.varlen_attention(q[0], k[0], v[0], borders, scaling).transpose(0, 1)[None], None
-    parts = [
-        F.scaled_dot_product_attention(
-            q[:, :, i:j], k[:, :, i:j], v[:, :, i:j], is_causal=True, scale=scaling, enable_gqa=True
-        )
-        for i, j in zip(borders[:-1], borders[1:], strict=True)
-    ]
-    return torch.cat(parts, 2).transpose(1, 2), None
+    return by_document(q, k, v, borders, scaling).transpose(1, 2), None
 
 
 def _fusable(module: Any) -> bool:
@@ -131,9 +179,3 @@ def _autocast(head: Tensor) -> torch.autocast:
     """On a GPU PEFT's own layers run, whose float32 adapters need autocast beside a bfloat16 base."""
     on = head.device.type == "cuda" and head.dtype == torch.bfloat16
     return torch.autocast(head.device.type, dtype=torch.bfloat16, enabled=on)
-
-
-def _head_loss(rows: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    if rows.device.type == "cpu":
-        return cpu.linear_cross_entropy(rows, head, labels)
-    return F.cross_entropy((rows @ head.t()).float(), labels, reduction="sum")

@@ -89,4 +89,4 @@ def tensorboard(folder: Path) -> TrainerCallback:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise RecipeError("training.tensorboard: not installed; pip install 'medlora[tensorboard]'") from None
-    return TensorBoardCallback(SummaryWriter(folder))  # type: ignore[no-untyped-call]
+    return TensorBoardCallback(SummaryWriter(folder))

@@ -1,7 +1,8 @@
 """TRL's SFTTrainer over rows that are already tokenized, with an optional packed step.
 
-Plain: TRL's own padded micro-batches and loss. Packed: the samples of a step become rows without padding (one row on
-a CPU, one a micro-batch on a GPU) and the loss is the token mean over the whole step, the same mathematics.
+Plain: TRL's own padded micro-batches and loss. Packed: the samples of a step become rows without padding
+(one row on a CPU, and on a GPU whose memory holds it; else one a micro-batch) and the loss is the token
+mean over the whole step, the same mathematics.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,9 @@ from trl import SFTConfig, SFTTrainer
 
 from medlora.data.build import to_dataset
 from medlora.data.prompts import Example, Tokenizer
+from medlora.model.fused import base_bytes, row_bytes
 from medlora.model.load import compute_dtype
-from medlora.model.packed import pack, packed_loss, packing, unsupported
+from medlora.model.packed import pack, packed_loss, packing, unfused, unsupported
 from medlora.recipe import Recipe
 
 
@@ -37,17 +39,32 @@ def choose_engine(model: Any, recipe: Recipe) -> Engine:
         obstacle = "several processes"
     if obstacle:
         return Engine(False, f"plain: TRL's padded micro-batches, since {obstacle}")
-    return Engine(True, "packed: rows without padding, attention kept inside each document")
+    why = "packed: rows without padding, attention kept inside each document"
+    slower = unfused(model) if model.device.type == "cuda" else None
+    return Engine(True, f"{why}; Transformers' layers rather than fused ones, since {slower}" if slower else why)
 
 
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose step is a packed row."""
+
+    keep_base = False
+    """Whether a GPU's memory also holds the base dequantised."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for parameter in self.model.parameters():  # TRL casts adapters of 4-bit bases to bfloat16: small steps vanish
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Transformers' step without its walk over every module, which a short step on a GPU waits for."""
+        if not model.training:
+            model.train()
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if num_items_in_batch is None:
+            loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -76,6 +93,9 @@ def make_trainer(
         data_collator=pack if engine.packed else None,
         callbacks=list(callbacks),
     )
+    spare = model.device.type == "cuda" and not recipe.training.gradient_checkpointing
+    if isinstance(trainer, PackedTrainer) and spare:
+        trainer.keep_base = _step_fits(recipe, model, keep_base=True)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -84,7 +104,8 @@ def make_trainer(
 @contextmanager
 def running(trainer: SFTTrainer) -> Iterator[None]:
     """What must hold while a step is computed."""
-    with packing(trainer.model) if isinstance(trainer, PackedTrainer) else nullcontext():
+    packed = isinstance(trainer, PackedTrainer)
+    with packing(trainer.model, keep=trainer.keep_base) if packed else nullcontext():
         yield
 
 
@@ -92,7 +113,7 @@ def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTC
     training = recipe.training
     on_cpu = model.device.type == "cpu"
     dtype = compute_dtype(recipe.base, model.device)
-    one_row = engine.packed and on_cpu
+    one_row = engine.packed and (on_cpu or _step_fits(recipe, model))
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     return SFTConfig(
         output_dir=str(folder),
@@ -113,6 +134,7 @@ def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTC
         seed=training.seed,
         bf16=dtype == torch.bfloat16 and not engine.packed,
         fp16=dtype == torch.float16,
+        logging_nan_inf_filter=not engine.packed,  # it would have the host wait for the GPU at every step
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
         report_to=[],
@@ -121,3 +143,15 @@ def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTC
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
     )
+
+
+def _step_fits(recipe: Recipe, model: Any, *, keep_base: bool = False) -> bool:
+    """Whether a GPU's free memory holds a whole optimizer step as one row, were every sample of full length; with
+    `keep_base`, beside the dequantised base."""
+    if unfused(model):
+        return False
+    training, config = recipe.training, model.config
+    tokens = training.per_device_train_batch_size * training.gradient_accumulation_steps * recipe.data.max_length
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    needed = row_bytes(config, tokens, recompute=training.gradient_checkpointing) + 14 * trained
+    return bool(needed + keep_base * base_bytes(config) <= torch.cuda.mem_get_info(model.device)[0])
