@@ -1,0 +1,312 @@
+"""Training on a GPU: medlora beside TRL and TRL with Liger kernels, in one call.
+
+    python bench/train_gpu.py --data train.jsonl.gz --tokenizer FOLDER [--model FOLDER] [--out result.json]
+    python bench/train_gpu.py --tiny        a rehearsal on a CPU
+
+Without --model the base has Llama-2-7B's exact shape and random weights, on which speed and memory do not
+depend. All sides take an NF4 base and LoRA r 64 in bfloat16 and the same rows in the same order; each runs
+in a process of its own, one after the other, and all its settings there. `--data` holds a question and an
+answer a line.
+
+    A  8 rows of 2048 tokens, all linear modules, no dropout
+    B  the same, activations recomputed
+    C  batch 2, accumulation 2, questions with their answers, dropout 0.1, q and v
+    D  the same, all linear modules
+
+Reported are medians over synchronised optimizer steps, the first third left out, of real (not padding)
+tokens a second and seconds, with the peak of allocated memory and the mean loss. C and D take three times
+`--steps`: theirs are short.
+"""
+
+import argparse
+import gzip
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+SIDES = ("medlora", "trl", "liger")
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FULL = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    batch: int
+    accumulation: int = 1
+    targets: tuple[str, ...] = tuple(ALL)
+    dropout: float = 0.0
+    recompute: bool = False
+    full_rows: bool = False
+    """Every row of exactly `FULL` tokens, text run together."""
+
+
+SETTINGS = {
+    "A": Setting(batch=8, full_rows=True),
+    "B": Setting(batch=8, full_rows=True, recompute=True),
+    "C": Setting(batch=2, accumulation=2, dropout=0.1, targets=("q_proj", "v_proj")),
+    "D": Setting(batch=2, accumulation=2, dropout=0.1),
+}
+
+
+def build_base(folder: Path, tokenizer: Path | None, *, tiny: bool) -> None:
+    """Random weights in bfloat16, saved."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5, **(small if tiny else {}))
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cpu" if tiny else "cuda"):
+        LlamaForCausalLM(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    if tokenizer:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+
+def texts(data: Path | None) -> Iterator[str]:
+    if data is None:
+        yield from (f"What is case {i}? " + "It is a disease of the blood. " * (3 + 7 * i % 40) for i in range(400))
+        return
+    with gzip.open(data, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            yield f"{record['question']}\n{record['answer']}"
+
+
+def examples(setting: Setting, data: Path | None, tokenizer: Any, wanted: int, full: int) -> list[Any]:
+    """Rows whose every token but the first is trained."""
+    from medlora.data.prompts import IGNORE, Example
+
+    rows: list[list[int]] = []
+    held: list[int] = []
+    for text in texts(data):
+        ids = [*tokenizer(text).input_ids[: full // 2], tokenizer.eos_token_id]
+        if not setting.full_rows:
+            rows.append(ids)
+        else:
+            held += ids
+            while len(held) >= full:
+                rows.append(held[:full])
+                held = held[full:]
+        if len(rows) >= wanted:
+            break
+    return [Example("", ids, [IGNORE, *ids[1:]]) for ids in rows[:wanted]]
+
+
+def ours(model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps: int, folder: Path) -> Any:
+    from medlora.model.adapter import add_lora
+    from medlora.recipe import load_recipe
+    from medlora.train.trainer import choose_engine, make_trainer
+
+    recipe = load_recipe("demo", [
+        f"lora.target_modules={json.dumps(list(setting.targets))}", "lora.r=64", "lora.lora_alpha=16",
+        f"lora.lora_dropout={setting.dropout}", f"data.max_length={max(len(row.input_ids) for row in rows)}",
+        f"training.per_device_train_batch_size={setting.batch}", f"training.max_steps={steps}",
+        f"training.gradient_accumulation_steps={setting.accumulation}", "training.warmup_steps=0",
+        f"training.gradient_checkpointing={str(setting.recompute).lower()}", "training.logging_steps=1",
+        "training.learning_rate=1e-4",
+    ])  # fmt: skip
+    model = add_lora(model, recipe.lora, 42).train()
+    engine = choose_engine(model, recipe)
+    print(engine.why, file=sys.stderr)
+    return make_trainer(recipe, model, tokenizer, rows, engine, folder, [])
+
+
+def theirs(model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps: int, folder: Path, liger: bool) -> Any:
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from medlora.data.build import to_dataset
+
+    lora = LoraConfig(
+        r=64, lora_alpha=16, lora_dropout=setting.dropout, target_modules=list(setting.targets),
+        use_rslora=True, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    arguments = SFTConfig(
+        output_dir=str(folder), per_device_train_batch_size=setting.batch, max_steps=steps,
+        gradient_accumulation_steps=setting.accumulation, gradient_checkpointing=setting.recompute,
+        gradient_checkpointing_kwargs={"use_reentrant": False}, learning_rate=1e-4, logging_steps=1, seed=42,
+        bf16=True, use_cpu=not torch.cuda.is_available(), use_liger_kernel=liger, report_to=[],
+        disable_tqdm=True, save_strategy="no", max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+        optim="adamw_torch_fused", lr_scheduler_type="cosine",
+    )  # fmt: skip
+    tokenizer.pad_token = tokenizer.eos_token
+    return SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=to_dataset(rows),
+        processing_class=tokenizer,
+        peft_config=lora,
+    )
+
+
+class Clock:
+    """Seconds and real tokens of each optimizer step, the device idle at both ends."""
+
+    def __init__(self, trainer: Any, profile: bool) -> None:
+        from transformers import TrainerCallback
+
+        self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        clock, step = self, trainer.training_step
+
+        def counted(model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            clock.tokens[-1] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            return step(model, inputs, *rest, **named)
+
+        class Callback(TrainerCallback):  # type: ignore[misc]
+            def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+                clock.tokens.append(0)
+                if profile and state.global_step == state.max_steps - 1:
+                    clock.profiler.start()
+                synchronize()
+                clock.began = time.perf_counter()
+
+            def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+                synchronize()
+                clock.seconds.append(time.perf_counter() - clock.began)
+                if profile and state.global_step == state.max_steps:
+                    clock.profiler.stop()
+                    table = clock.profiler.key_averages().table("self_device_time_total", 28, max_name_column_width=70)
+                    print(table, file=sys.stderr)
+
+        trainer.training_step = counted
+        trainer.add_callback(Callback())
+        if profile:
+            self.profiler = torch.profiler.profile()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: Any) -> dict[str, float]:
+    """Train, and take the adapter off again."""
+    from contextlib import nullcontext
+
+    from medlora.train.trainer import running
+
+    full = 64 if arguments.tiny else FULL
+    steps = arguments.steps * (1 if setting.full_rows else 3)
+    warm_up = steps // 3
+    wanted = setting.batch * setting.accumulation * steps
+    rows = examples(setting, arguments.data, tokenizer, wanted, full)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with TemporaryDirectory() as folder:
+        common = (model, tokenizer, rows, setting, steps, Path(folder))
+        trainer = ours(*common) if side == "medlora" else theirs(*common, liger=side == "liger")
+        clock = Clock(trainer, arguments.profile)
+        with running(trainer) if side == "medlora" else nullcontext():
+            trainer.train()
+    model.gradient_checkpointing_disable()
+    trainer.model.unload()
+    model.requires_grad_(False)
+    rates = [count / seconds for count, seconds in zip(clock.tokens, clock.seconds, strict=True)][warm_up:]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "slowest": min(rates),
+        "fastest": max(rates),
+        "step_seconds": statistics.median(clock.seconds[warm_up:]),
+        "step_tokens": statistics.median(clock.tokens[warm_up:]),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+        "loss": statistics.mean(losses),
+    }
+
+
+def run_side(arguments: Any) -> dict[str, Any]:
+    """All settings of one side in this process; a setting that fails is reported and left out."""
+    from transformers import AutoTokenizer
+
+    from medlora.model.base import resolve
+    from medlora.model.load import load_model
+    from medlora.recipe import Base
+
+    base = Base(model=str(arguments.model))
+    model = load_model(resolve(base), base)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    results: dict[str, Any] = {}
+    for name in arguments.settings:
+        try:
+            results[name] = measure(arguments.side, SETTINGS[name], model, tokenizer, arguments)
+        except torch.OutOfMemoryError:
+            results[name] = {"error": "out of memory"}
+        print(name, results[name], file=sys.stderr)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, help="jsonl.gz with question and answer")
+    parser.add_argument("--model", type=Path, help="a base's folder, tokenizer included")
+    parser.add_argument("--tokenizer", type=Path, help="where no --model is given")
+    parser.add_argument("--settings", default="ABCD")
+    parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of the last step")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        from medlora.privacy import quiet
+
+        quiet()
+        print(json.dumps(run_side(arguments)))
+        return
+    with TemporaryDirectory(dir=_fast_folder()) as folder:
+        if not arguments.model:
+            build_base(Path(folder), arguments.tokenizer, tiny=arguments.tiny)
+        sides = [side for side in arguments.sides.split(",") if side != "liger" or find_spec("liger_kernel")]
+        found = {side: _run(side, arguments.model or Path(folder), arguments) for side in sides}
+    report(found)
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _fast_folder() -> str | None:
+    """Where 14 GB are soonest written and read again."""
+    memory = Path("/dev/shm")
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 32e9 else None
+
+
+def report(found: dict[str, dict[str, Any]]) -> None:
+    print(f"{'':3}{'side':10}{'tokens/s':>10}{'s/step':>9}{'tokens/step':>13}{'GiB':>7}{'loss':>9}")
+    for name in SETTINGS:
+        for side, results in found.items():
+            row = results.get(name)
+            if row and "error" in row:
+                print(f"{name:3}{side:10}{row['error']:>20}")
+            elif row:
+                print(f"{name:3}{side:10}{row['tokens_per_second']:10.0f}{row['step_seconds']:9.4f}"
+                      f"{row['step_tokens']:13.0f}{row['peak_gib']:7.1f}{row['loss']:9.4f}")  # fmt: skip
+
+
+def _run(side: str, model: Path, arguments: Any) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--side", side, "--model", str(model)]
+    command += ["--settings", arguments.settings]
+    command += ["--steps", str(arguments.steps), *(["--data", str(arguments.data)] if arguments.data else [])]
+    command += [flag for flag, on in (("--tiny", arguments.tiny), ("--profile", arguments.profile)) if on]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        return {name: {"error": f"exit status {done.returncode}"} for name in arguments.settings}
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+if __name__ == "__main__":
+    main()
