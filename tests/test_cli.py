@@ -55,7 +55,8 @@ def adapter(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_help_starts_fast_because_nothing_heavy_is_imported() -> None:
-    code = "import sys, medlora.cli; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'pydantic', 'rich')))"
+    heavy = "('torch', 'transformers', 'pydantic', 'rich')"
+    code = f"import sys, medlora.cli; sys.exit(any(module in sys.modules for module in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -76,8 +76,9 @@ def test_losses_are_those_of_a_plain_trl_script(toy: Toy, tmp_path: Path, loss_o
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=str(tmp_path / "trl"), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=20,
-            learning_rate=2e-3, logging_steps=1, seed=42, use_cpu=True, bf16=False, report_to=[], save_strategy="no",
+            output_dir=str(tmp_path / "trl"), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            max_steps=20, learning_rate=2e-3, logging_steps=1, seed=42, use_cpu=True, bf16=False, report_to=[],
+            save_strategy="no",
             lr_scheduler_type="linear", disable_tqdm=True, completion_only_loss=loss_on == "completion",
         ),
         train_dataset=Dataset.from_list(pairs),
