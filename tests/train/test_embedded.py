@@ -29,8 +29,8 @@ def tuned(embedded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = load_recipe(
         "demo",
-        [f"data.path={folder / 'rows.jsonl'}", "data.valid_fraction=0", "training.max_steps=14",
-         "training.warmup_steps=1", "data.group=null", "evaluation.before_and_after=false", "training.learning_rate=2e-3"],
+        [f"data.path={folder / 'rows.jsonl'}", "data.group=null", "data.valid_fraction=0", "training.max_steps=14",
+         "training.warmup_steps=1", "evaluation.before_and_after=false", "training.learning_rate=2e-3"],
     )  # fmt: skip
     return run.train(recipe, folder / "run", lambda line: None).folder / "adapter"
 

@@ -1,0 +1,48 @@
+"""Command line: a thin table from command to function. Heavy imports stand inside the commands."""
+
+import errno
+import sys
+
+import click
+
+from medlora import __version__
+from medlora.cli.ask import ask, chat
+from medlora.cli.info import doctor, recipes
+from medlora.cli.options import fail
+from medlora.cli.train import train
+from medlora.errors import MedloraError
+
+
+def main() -> None:
+    """Entry point: one sentence and an exit code for every error that a user can cause."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        fail("stopped", 130)
+    except KeyboardInterrupt:
+        fail("stopped", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except MedloraError as error:
+        fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        fail(f"{error.filename or 'cannot write'}: {error.strerror}; free space or write elsewhere", 1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__)
+def cli() -> None:
+    """Fine-tune LLaMA-family models on medical text with LoRA over a 4-bit base, and ask them questions.
+
+    \b
+    medlora train demo                      train on the embedded data (a few minutes on a CPU)
+    medlora ask "What is gout?" --compare   the untuned and the tuned answer
+    medlora doctor                          what this machine can train
+    """
+
+
+for command in (train, ask, chat, recipes, doctor):
+    cli.add_command(command)

@@ -1,0 +1,138 @@
+"""medlora ask and medlora chat."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from medlora.cli.options import Command, offline
+from medlora.errors import RunError
+
+if TYPE_CHECKING:
+    from medlora.generate.answer import Assistant, Messages
+    from medlora.generate.sampling import Sampling
+
+
+def _sampling(command: Command) -> Command:
+    for option in (
+        click.option("--seed", type=int, help="Same seed, same answer."),
+        click.option("--max-new-tokens", type=click.IntRange(1), help="Longest answer, in tokens.  [default: 300]"),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this share only."),
+        click.option("--temperature", type=click.FloatRange(0), help="0 is greedy.  [default: 0]"),
+        click.option("--base", "base", metavar="MODEL", help="Base model: embedded, a hub id, a folder or a .gguf."),
+        click.option(
+            "--adapter",
+            type=click.Path(path_type=Path),
+            help="Run or adapter folder.  [default: newest in runs/]",
+        ),
+        click.option("--no-notice", is_flag=True, help="Leave out the line that an answer is not medical advice."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.argument("question")
+@click.option("--compare", is_flag=True, help="Show the untuned and the tuned answer.")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+@_sampling
+@offline
+def ask(question: str, compare: bool, as_json: bool, **options: Any) -> None:
+    """Ask a tuned model one QUESTION; the answer streams as it is written."""
+    assistant, settings = _assistant(options)
+    sides = [False, True] if compare and assistant.has_adapter else [assistant.has_adapter]
+    if compare and not assistant.has_adapter:
+        raise RunError("--compare needs an adapter; train one, or give --adapter")
+    if as_json:
+        answers = {("tuned" if side else "untuned"): assistant.ask(question, settings, tuned=side) for side in sides}
+        found = {
+            side: {
+                "answer": a.text,
+                "tokens": a.tokens,
+                "seconds": round(a.seconds, 3),
+                "finished": a.finished,
+            }
+            for side, a in answers.items()
+        }
+        click.echo(json.dumps({"question": question, **found}, ensure_ascii=False))
+        return
+    for side in sides:
+        if compare:
+            click.secho("tuned:" if side else "untuned:", bold=True)
+        _stream(assistant, [("user", question)], settings, tuned=side)
+    _notice(options)
+
+
+@click.command()
+@_sampling
+@offline
+def chat(**options: Any) -> None:
+    """Talk with a tuned model; it remembers the conversation.
+
+    \b
+    /reset  forget the conversation     /base  switch between the tuned and the untuned model
+    /exit   leave (also Ctrl-D)
+    """
+    assistant, settings = _assistant(options)
+    tuned, history = assistant.has_adapter, list[tuple[str, str]]()
+    click.echo("Ask away. /reset forgets, /base switches tuned and untuned, /exit leaves.")
+    _notice(options)
+    while True:
+        try:
+            said = click.prompt("you", prompt_suffix="> ").strip()
+        except click.exceptions.Abort:
+            click.echo()
+            return
+        if said == "/exit":
+            return
+        if said == "/reset":
+            history.clear()
+            click.echo("(forgotten)")
+        elif said == "/base":
+            tuned = not tuned and assistant.has_adapter
+            click.echo(f"({'tuned' if tuned else 'untuned'} model answers)")
+        elif said.startswith("/"):
+            click.echo(f"(no command {said}; there are /reset, /base and /exit)")
+        else:
+            history.append(("user", said))
+            history.append(("assistant", _stream(assistant, history, settings, tuned=tuned)))
+
+
+def _assistant(options: dict[str, Any]) -> "tuple[Assistant, Sampling]":
+    from medlora.recipe import Base
+
+    adapter = options["adapter"] or (None if options["base"] else _newest_run())
+    from medlora.generate.answer import Assistant
+    from medlora.generate.sampling import Sampling
+    from medlora.model.adapter import find_adapter
+
+    base = Base(model=options["base"]) if options["base"] else None
+    assistant = Assistant.load(find_adapter(adapter) if adapter else None, base)
+    names = ("temperature", "top_p", "max_new_tokens", "seed")
+    return assistant, Sampling().override(**{name: options[name] for name in names})
+
+
+def _newest_run() -> Path | None:
+    found = sorted(Path("runs").glob("*/adapter/adapter_config.json"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        click.echo("(no run in runs/ yet: the untuned embedded base answers)", err=True)
+        return None
+    click.echo(f"(adapter: {found[-1].parents[1]})", err=True)
+    return found[-1].parents[1]
+
+
+def _stream(assistant: "Assistant", messages: "Messages", settings: "Sampling", *, tuned: bool) -> str:
+    said = ""
+    for piece in assistant.stream(messages, settings, tuned=tuned):
+        click.echo(piece, nl=False)
+        said += piece
+    click.echo()
+    return said.strip()
+
+
+def _notice(options: dict[str, Any]) -> None:
+    from medlora.generate.answer import NOTICE
+
+    if not options["no_notice"]:
+        click.secho(NOTICE, dim=True)
