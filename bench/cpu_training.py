@@ -4,8 +4,9 @@
 
 Both train the embedded base on the embedded data with the original script's settings (LoRA r 64 on q and v, alpha 16,
 dropout 0.1, batch 2, accumulation 2), the same rows in the same order from the same seed. Each runs in a process of
-its own, one after the other. Tokens are real ones, without padding; the first three steps are left out of the
-times. Losses are printed side by side: they must be equal to about a percent, since dropout draws differ.
+its own, one after the other, in bfloat16 where the CPU has it and else in float32. Tokens are real ones, without
+padding; the first three steps are left out of the times. Losses are printed side by side: they must be equal to about
+a percent, since dropout draws differ.
 """
 
 import argparse
@@ -53,10 +54,13 @@ def original(steps: int, folder: Path) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
+    from medlora.model.load import compute_dtype
+
     run = prepared(steps)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    dtype = compute_dtype(run.recipe.base, torch.device("cpu"))  # bfloat16 is slow where the CPU lacks it
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(
-        run.base.path, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+        run.base.path, quantization_config=config, dtype=dtype, device_map={"": "cpu"}
     )
     model.config.use_cache = False
     return SFTTrainer(
@@ -64,7 +68,8 @@ def original(steps: int, folder: Path) -> Any:
         args=SFTConfig(
             output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=steps,
             learning_rate=5e-5, lr_scheduler_type="linear", gradient_checkpointing=True, logging_steps=1, seed=42,
-            use_cpu=True, bf16=True, report_to=[], save_strategy="no", disable_tqdm=True, max_length=1024,
+            use_cpu=True, bf16=dtype == torch.bfloat16, report_to=[], save_strategy="no", disable_tqdm=True,
+            max_length=1024,
         ),
         train_dataset=Dataset.from_dict({"text": [run.tokenizer.decode(e.input_ids) for e in run.corpus.train]}),
         processing_class=run.tokenizer,
