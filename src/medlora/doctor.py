@@ -7,7 +7,7 @@ import torch
 
 from medlora import assets
 from medlora.model.load import compute_dtype, device
-from medlora.model.plan import fitting
+from medlora.model.plan import table
 from medlora.recipe import Base
 from medlora.train.manifest import versions
 
@@ -17,13 +17,14 @@ def examine() -> dict[str, Any]:
     on = device()
     memory = psutil.virtual_memory()
     free = torch.cuda.mem_get_info(on)[0] if on.type == "cuda" else memory.available
-    fits = fitting(free, on_gpu=on.type == "cuda")
+    dtype = compute_dtype(Base(), on)
+    fits = table(free, width=dtype.itemsize, on_gpu=on.type == "cuda")
     return {
         "versions": versions(),
         "device": {
             "name": torch.cuda.get_device_name(on) if on.type == "cuda" else "CPU",
             "cpu_threads": torch.get_num_threads(),
-            "compute_dtype": str(compute_dtype(Base(), on)).removeprefix("torch."),
+            "compute_dtype": str(dtype).removeprefix("torch."),
             "free_bytes": free,
             "ram_bytes": memory.total,
         },

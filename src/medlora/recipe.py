@@ -114,9 +114,18 @@ class Training(Section):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    optim: Literal["adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch_fused"
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more work, the same numbers."""
+    optim: Literal[
+        "auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
+    ] = "adamw_torch_fused"
+    """`auto`: adamw_torch_fused where memory allows it, else adamw_8bit, else paged_adamw_8bit."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, up to a third more work, the same numbers.
+    `auto`: as little of it as fits a GPU's memory; none on a CPU and on the plain engine."""
+    fp8: bool = False
+    """Products of the frozen weights in row-wise FP8: faster, with activations and gradients rounded to 3 bits of
+    mantissa on the way. Needs the packed engine and a GPU of compute capability 8.9 or higher."""
+    max_memory: float | None = Field(None, gt=0)
+    """GiB of the GPU that a run is planned for; all that is free by default."""
     engine: Literal["auto", "packed", "plain"] = "auto"
     """`packed`: each optimizer step is one row without padding, through medlora's own compute path.
     `plain`: TRL's padded micro-batches. `auto`: packed wherever the base allows it."""
@@ -130,6 +139,12 @@ class Training(Section):
     def _warmup_fits(self) -> Self:
         if self.warmup_steps >= self.max_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})")
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_is_packed(self) -> Self:
+        if self.fp8 and self.engine == "plain":
+            raise ValueError("fp8 needs the packed engine; set engine: auto, or fp8: false")
         return self
 
 

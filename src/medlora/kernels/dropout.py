@@ -32,16 +32,14 @@ GROUPS = 256  # Philox calls a program: 2048 elements
 @partial(jit, do_not_specialize=["seed"])  # or every kind of seed would compile its own kernel
 def _dropout_kernel(
     x: tl.tensor,
-    acc: tl.tensor,
     y: tl.tensor,
     n: int,
     threshold: int,
     scale: float,
     seed: tl.int64,  # or Triton reads the annotation as 32 bits
-    ADD: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> None:
-    """y = (acc +) mask * x * scale over elements [pid * 8 GROUPS, (pid + 1) * 8 GROUPS)."""
+    """y = mask * x * scale over elements [pid * 8 GROUPS, (pid + 1) * 8 GROUPS)."""
     pid = tl.program_id(0)
     r0, r1, r2, r3 = tl.randint4x(seed, pid * GROUPS + tl.arange(0, GROUPS), 7)
     words = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), (GROUPS, 4))
@@ -49,17 +47,14 @@ def _dropout_kernel(
     at = pid.to(tl.int64) * (GROUPS * 8) + tl.arange(0, GROUPS * 8)
     inside = at < n
     value = tl.where(draws >= threshold, tl.load(x + at, inside).to(tl.float32) * scale, 0.0)
-    if ADD:
-        value += tl.load(acc + at, inside).to(tl.float32)
     tl.store(y + at, value.to(y.dtype.element_ty), inside)
 
 
-def _launch(x: Tensor, acc: Tensor | None, y: Tensor, p: float, seed: int) -> None:
+def _launch(x: Tensor, y: Tensor, p: float, seed: int) -> None:
     n = x.numel()
     _dropout_kernel[(ceil_div(n, GROUPS * 8),)](
-        x, x if acc is None else acc, y, n, round(p * 65536), 1 / (1 - p), seed,
-        ADD=acc is not None, GROUPS=GROUPS, num_warps=4,
-    )  # fmt: skip
+        x, y, n, round(p * 65536), 1 / (1 - p), seed, GROUPS=GROUPS, num_warps=4
+    )
 
 
 def _check(p: float, seed: int) -> None:
@@ -74,7 +69,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
         ctx.p, ctx.seed = p, seed
         y = torch.empty_like(x)
-        _launch(x, None, y, p, seed)
+        _launch(x, y, p, seed)
         return y
 
     @staticmethod
@@ -103,26 +98,5 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
         y: Tensor = _Dropout.apply(x, p, seed)
         return y
     y = torch.empty_like(x)  # autograd's bookkeeping would cost the host more than the launch
-    _launch(x, None, y, p, seed)
+    _launch(x, y, p, seed)
     return y
-
-
-@torch.no_grad()
-def dropout_add_(acc: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
-    """acc += mask(seed) * x / (1 - p) in place, summed in fp32 and rounded once; returns acc.
-
-    The input gradient of a LoRA layer in one pass: acc comes from the base weight, x from the adapter.
-
-    Args:
-        acc, x: contiguous, of one shape; p and seed as `dropout`.
-
-    Raises:
-        ValueError: shapes differ, a tensor is not contiguous, or p or seed is outside its range.
-    """
-    _check(p, seed)
-    if acc.shape != x.shape or not (acc.is_contiguous() and x.is_contiguous()):
-        raise ValueError(f"acc {tuple(acc.shape)} and x {tuple(x.shape)} must be contiguous and of one shape")
-    if use_triton(acc):
-        _launch(x, acc, acc, p, seed)
-        return acc
-    return acc.copy_(acc.float() + reference.dropout(x.float(), p, seed))

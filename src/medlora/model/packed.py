@@ -8,6 +8,7 @@ layers run and only their attention function and, on a CPU, the forward of PEFT'
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from medlora.data.prompts import IGNORE, Example
 from medlora.kernels import cpu
 from medlora.kernels.attention import by_document
 from medlora.kernels.cross_entropy import linear_cross_entropy
-from medlora.model.fused import Fused, Unfusable
+from medlora.model.fused import Fused, Recompute
+from medlora.model.group import Unfusable
 
 FAMILIES = ("llama", "mistral")
 ATTENTION = "medlora_varlen"
@@ -38,18 +40,18 @@ def unsupported(model: Any, max_length: int) -> str | None:
     return None
 
 
-def unfused(model: Any) -> str | None:
+def unfused(model: Any, fp8: bool = False) -> str | None:
     """Why packed rows of this model pass through Transformers' layers, or None if through the fused ones."""
-    found = _fused(model)
+    found = _fused(model, fp8=fp8)
     return found if isinstance(found, str) else None
 
 
-def _fused(model: Any, keep: bool = False) -> Fused | str:
+def _fused(model: Any, keep: bool = False, recompute: Recompute = "none", fp8: bool = False) -> Fused | str:
     causal = _causal(model)
     if causal.lm_head.weight.device.type != "cuda":
         return "the fused layers are for a GPU"
     try:
-        return Fused(causal, keep)
+        return Fused(causal, keep, recompute, fp8)
     except Unfusable as reason:
         return str(reason)
 
@@ -69,6 +71,18 @@ def pack(examples: Sequence[Example | dict[str, Any]]) -> Batch:
         "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
         "borders": borders,
     }
+
+
+def split(batch: Batch, rows: int) -> list[Batch]:
+    """A packed row's documents as `rows` packed rows of about equal length, fewer where it has fewer documents."""
+    if rows == 1:
+        return [batch]
+    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    documents = [{"input_ids": ids[i:j], "labels": labels[i:j]} for i, j in pairwise(batch["borders"])]
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(rows)]
+    for document in sorted(documents, key=lambda d: -len(d["input_ids"])):
+        min(parts, key=lambda part: sum(len(d["input_ids"]) for d in part)).append(document)
+    return [pack(part) for part in parts if part]
 
 
 def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -97,25 +111,29 @@ def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def packing(model: Any, fuse: bool | None = None, *, keep: bool = False) -> Iterator[None]:
-    """Route packed rows through medlora's kernels; put everything back at the end.
+def packing(
+    model: Any, fuse: bool | None = None, *, keep: bool = False, recompute: Recompute = "none", fp8: bool = False
+) -> Iterator[Fused | None]:
+    """Route packed rows through medlora's kernels, yielding the fused layers where they serve; put everything back
+    at the end.
 
     Args:
-        keep: whether the fused layers hold the base dequantised meanwhile: faster, for two bytes a weight.
         fuse: whether the fused layers serve; by default on a GPU, where the model allows it.
+        keep, recompute, fp8: how the fused layers compute; see `Fused`.
 
     Raises:
         Unfusable: `fuse` is true and the model does not allow it.
     """
-    fused = _fused(model, keep) if fuse is None else Fused(_causal(model), keep) if fuse else "not asked for"
+    how = (keep, recompute, fp8)
+    fused = _fused(model, *how) if fuse is None else Fused(_causal(model), *how) if fuse else "not asked for"
     if isinstance(fused, str):
         with _unfused_packing(model):
-            yield
+            yield None
         return
     decoder = _causal(model).model
     decoder.forward = fused
     try:
-        yield
+        yield fused
     finally:
         del decoder.forward
 

@@ -1,14 +1,37 @@
-"""How much memory training a LLaMA-family base takes, from its shape alone.
+"""How a run fits the memory of its device: the peak of every setting, from shapes alone, and the fastest that fits.
 
-base      4 bits a weight and a float32 scale per 64 on a GPU; on a CPU the weights stay dequantised
-head      embeddings and output head, never quantised
-adapter   float32 weight, gradient and two Adam moments: 16 bytes a trained weight
-activations  with gradient checkpointing one hidden state a layer, and one layer and one chunk of logits at work
+base         4 bits a weight and its scales on a GPU, beside it the dequantised weights where they are kept; on a
+             CPU the dequantised weights alone; embeddings and head in the compute dtype
+adapter      float32 weight, gradient and optimizer state, and a copy in the compute dtype
+activations  what `Recompute` keeps of each layer (see `model.fused`), and what one layer has at work
+head         one chunk of logits
+
+The peak of a step that keeps activations is at the start of its backward pass, before the adapter has gradients;
+of one that has nothing left to free (`offload`), at its end. What is predicted is what torch's allocator gives
+out. Seconds rank the settings and promise nothing: products at an H200's rate, dequantisation at its bandwidth.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-OVERHEAD = 1.0e9  # CUDA context, kernels' workspaces, allocator slack
+from medlora.data.prompts import Example
+from medlora.model.fused import ROUND, Recompute
+from medlora.recipe import Recipe
+
+GIB = 2**30
+CHUNK = 1024  # rows of logits at once
+SLACK = 1.04  # what the allocator holds beyond what it has given out
+FLOPS, BANDWIDTH, HOST = 6.5e14, 3.4e12, 0.05  # products a second, bytes a second, seconds the host spends on a row
+STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
+"""Bytes of optimizer state a weight on the device."""
+OPTIM_SECONDS = {"adamw_torch": 0.02, "adamw_8bit": 0.01, "paged_adamw_32bit": 0.1, "paged_adamw_8bit": 0.05}
+WORDS = {
+    "none": "activations kept",
+    "selective": "norms and gate-up products recomputed",
+    "full": "layers recomputed",
+    "offload": "layers recomputed, their inputs in host memory",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,50 +40,223 @@ class Shape:
     hidden: int
     intermediate: int
     layers: int
-    kv_share: float
-    """Key and value width as a share of the hidden size: 1 without grouped-query attention."""
+    heads: int
+    kv_heads: int
     vocab: int
     tied: bool = False
+    head_size: int = 0
+    """0: hidden / heads."""
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """Of a LLaMA-family model's config."""
+        return cls(
+            config.model_type,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            config.vocab_size,
+            bool(config.tie_word_embeddings),
+            getattr(config, "head_dim", None) or 0,
+        )
+
+    @property
+    def modules(self) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of each linear module of a layer."""
+        D, F, C = self.hidden, self.intermediate, self.head_size or self.hidden // self.heads
+        q, kv = self.heads * C, self.kv_heads * C
+        attention = {"q_proj": (q, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, q)}
+        return attention | {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
 
     @property
     def linear_weights(self) -> int:
-        attention = self.hidden**2 * (2 + 2 * self.kv_share)
-        return int(self.layers * (attention + 3 * self.hidden * self.intermediate))
+        return self.layers * sum(n * d for n, d in self.modules.values())
 
     @property
     def head_weights(self) -> int:
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
-    def lora_weights(self, r: int) -> int:
-        """All linear modules at rank r."""
-        kv = self.hidden * self.kv_share
-        widths = 2 * (2 * self.hidden) + 2 * (self.hidden + kv) + 3 * (self.hidden + self.intermediate)
-        return int(self.layers * r * widths)
+    def targets(self, names: str | Sequence[str]) -> list[str]:
+        return list(self.modules) if names == "all-linear" else [name for name in self.modules if name in names]
+
+    def lora_weights(self, r: int, names: str | Sequence[str]) -> int:
+        return self.layers * r * sum(sum(self.modules[name]) for name in self.targets(names))
 
 
 SHAPES = (
-    Shape("SmolLM2-135M", 576, 1536, 30, 1 / 3, 49152, tied=True),
-    Shape("TinyLlama-1.1B", 2048, 5632, 22, 1 / 8, 32000),
-    Shape("Llama-3.2-3B", 3072, 8192, 28, 1 / 3, 128256, tied=True),
-    Shape("Llama-2-7B", 4096, 11008, 32, 1, 32000),
-    Shape("Llama-3.1-8B", 4096, 14336, 32, 1 / 4, 128256),
-    Shape("Llama-2-13B", 5120, 13824, 40, 1, 32000),
-    Shape("Llama-2-70B", 8192, 28672, 80, 1 / 8, 32000),
+    Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, tied=True),
+    Shape("TinyLlama-1.1B", 2048, 5632, 22, 32, 4, 32000),
+    Shape("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128256, tied=True),
+    Shape("Llama-2-7B", 4096, 11008, 32, 32, 32, 32000),
+    Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256),
+    Shape("Llama-2-13B", 5120, 13824, 40, 40, 40, 32000),
+    Shape("Llama-2-70B", 8192, 28672, 80, 64, 8, 32000),
 )
 
 
-def training_bytes(shape: Shape, *, on_gpu: bool, r: int = 64, tokens: int = 2048) -> int:
-    """Estimated peak bytes of training with gradient checkpointing on rows of `tokens` tokens."""
-    weight_bytes = 0.5 + 4 / 64 if on_gpu else 2.0
-    base = shape.linear_weights * weight_bytes + shape.head_weights * 2
-    adapter = 16 * shape.lora_weights(r)
-    kept = 2 * tokens * shape.hidden * shape.layers
-    one_layer = 2 * tokens * (12 * shape.hidden + 5 * shape.intermediate)
-    logits = 6 * min(tokens, 1024) * shape.vocab
-    return int(base + adapter + kept + one_layer + logits + (OVERHEAD if on_gpu else 0))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a recipe asks of a device, as far as memory goes."""
+
+    recipe: Recipe
+    tokens: int
+    """Of the largest step."""
+    longest: int
+    """Tokens of the longest row."""
+    width: int = 2
+    """Bytes of the compute dtype."""
+    on_gpu: bool = True
+
+    @classmethod
+    def of(cls, recipe: Recipe, train: Sequence[Example] = (), *, width: int = 2, on_gpu: bool = True) -> "Work":
+        """The largest step that the rows can make; without rows, one of rows of full length."""
+        samples = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+        lengths = sorted((len(row.input_ids) for row in train), reverse=True) or [recipe.data.max_length] * samples
+        return cls(recipe=recipe, tokens=sum(lengths[:samples]), longest=lengths[0], width=width, on_gpu=on_gpu)
+
+    @property
+    def samples(self) -> int:
+        training = self.recipe.training
+        return training.per_device_train_batch_size * training.gradient_accumulation_steps
 
 
-def fitting(free_bytes: int, *, on_gpu: bool) -> list[tuple[Shape, int, bool]]:
-    """(shape, estimated bytes, fits in `free_bytes`) for each known shape."""
-    estimates = [(shape, training_bytes(shape, on_gpu=on_gpu)) for shape in SHAPES]
-    return [(shape, needed, needed <= free_bytes) for shape, needed in estimates]
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One setting, with what it is predicted to take."""
+
+    rows: int
+    """Rows that a step is cut into."""
+    row_tokens: int
+    recompute: Recompute
+    keep: bool
+    """The base is also kept dequantised."""
+    optim: str
+    peak_bytes: int
+    seconds: float
+
+    def describe(self, capacity: int) -> str:
+        base = ", base kept dequantised" if self.keep else ""
+        rows = f"{self.rows} row{'s' * (self.rows > 1)} of up to {self.row_tokens:,} tokens a step"
+        line = f"{rows}, {WORDS[self.recompute]}{base}, {self.optim}"
+        line += f"; predicted peak {self.peak_bytes / GIB:.1f} of {capacity / GIB:.1f} GiB"
+        return line if self.fits(capacity) else f"{line}, which may not fit"
+
+    def fits(self, capacity: int) -> bool:
+        return self.peak_bytes * SLACK <= capacity
+
+
+def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> Plan:
+    """The plan of one setting."""
+    cut = max(work.longest, -(-work.tokens // rows))
+    tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
+    peak = base_bytes(shape, work, keep) + _step_bytes(shape, work, tokens, recompute, optim)
+    return Plan(rows, tokens, recompute, keep, optim, int(peak), _seconds(shape, work, rows, recompute, keep, optim))
+
+
+def base_bytes(shape: Shape, work: Work, keep: bool) -> float:
+    """Bytes of the frozen weights and of the buffer that they are dequantised into."""
+    nf4 = work.recipe.base.quantization == "nf4" and work.on_gpu
+    scales = (1 / 64 + 4 / 64 / 256) if work.recipe.base.double_quant else 4 / 64
+    linear = shape.linear_weights * (0.5 + scales if nf4 else work.width)
+    widest = 2 * shape.intermediate * shape.hidden
+    fp8 = widest * (1 + work.width) if work.recipe.training.fp8 else 0  # codes and a transposed copy, on the way
+    dequantised = work.width * shape.linear_weights if keep else work.width * widest + fp8
+    return linear + shape.head_weights * work.width + (dequantised if work.on_gpu else 0)
+
+
+def _step_bytes(shape: Shape, work: Work, tokens: int, recompute: Recompute, optim: str) -> float:
+    lora = work.recipe.lora
+    trained = shape.lora_weights(lora.r, lora.target_modules)
+    adapter = trained * (4 + STATE[optim] + (work.width if work.on_gpu else 0))
+    kept, late = shape.layers * _layer_bytes(shape, work, recompute), 0
+    if recompute in ("full", "offload"):
+        kept += _layer_bytes(shape, work, "none")
+    if recompute == "offload":  # two inputs on the device at any time, and all gradients by the end
+        kept, late = kept + 2 * work.width * shape.hidden, 4 * trained
+    step = tokens * (kept + _work_bytes(shape, work, recompute))
+    return float(adapter + late + step + work.width * CHUNK * shape.vocab)
+
+
+def _layer_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
+    """Bytes that a layer keeps of a token for its backward pass."""
+    D, F = shape.hidden, shape.intermediate
+    if recompute in ("full", "offload"):
+        return work.width * D if recompute == "full" else 0
+    m, lora = shape.modules, work.recipe.lora
+    targets = shape.targets(lora.target_modules)
+    qkv, heads = m["q_proj"][0] + 2 * m["k_proj"][0], m["o_proj"][1]
+    elements = 2 * D + qkv + heads + lora.r * len(targets)
+    if not work.on_gpu:  # Transformers' layers keep every step between
+        return work.width * (elements + 6 * D + 4 * F + shape.heads * min(work.longest, 768) / 2)
+    if recompute == "none":
+        elements += 2 * F + D * any(n in targets for n in ("q_proj", "k_proj", "v_proj"))
+        elements += D * any(n in targets for n in ("gate_proj", "up_proj"))
+        elements += heads * (lora.lora_dropout > 0 and "o_proj" in targets)
+    return work.width * elements + 4 * shape.heads + 8
+
+
+def _work_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
+    """Bytes a token that the widest backward product has at work: SwiGLU's output and the gradients of it, of gate
+    and up, and of the sum."""
+    F = shape.intermediate * (4 if work.recipe.lora.lora_dropout else 3)
+    return work.width * (F + 2 * shape.hidden + (2 * shape.intermediate if recompute == "selective" else 0))
+
+
+def _seconds(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> float:
+    forward = 2 * shape.linear_weights
+    share = {name: n * d * shape.layers / shape.linear_weights for name, (n, d) in shape.modules.items()}
+    again = {"none": 0.0, "selective": 2 * share["up_proj"]}.get(recompute, 1 - share["down_proj"])
+    rate = FLOPS * (1.7 if work.recipe.training.fp8 else 1)
+    products = work.tokens * forward * (2 + again) / rate * (1.02 if recompute == "offload" else 1)
+    bytes_a_weight = 6 if work.recipe.training.fp8 else 2.5
+    dequantised = 0.0 if keep else rows * (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
+    return max(products + dequantised, rows * HOST) + OPTIM_SECONDS.get(optim, 0.0)
+
+
+def plans(shape: Shape, work: Work) -> list[Plan]:
+    """Every setting that the recipe allows, fastest first."""
+    training = work.recipe.training
+    if not work.on_gpu:
+        recompute: Recompute = "full" if training.gradient_checkpointing is True else "none"
+        return [predict(shape, work, 1, recompute, False, _optims(work)[0])]
+    ways: dict[Any, tuple[Recompute, ...]] = {True: ("full", "offload"), False: ("none",)}
+    allowed = ways.get(training.gradient_checkpointing, ("none", "selective", "full", "offload"))
+    # who asks for recomputation wants the memory: the base is then not kept
+    keeps = (True, False) if "none" in allowed and work.recipe.base.quantization == "nf4" else (False,)
+    cuts = [rows for rows in range(1, work.samples + 1) if work.samples % rows == 0]
+    found = [
+        predict(shape, work, rows, recompute, keep, optim)
+        for rows in cuts for recompute in allowed for keep in keeps for optim in _optims(work)
+    ]  # fmt: skip
+    return sorted(found, key=lambda plan: (plan.seconds, plan.peak_bytes))
+
+
+def _optims(work: Work) -> tuple[str, ...]:
+    asked = work.recipe.training.optim
+    if asked != "auto":
+        return (asked,)
+    return ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit") if work.on_gpu else ("adamw_torch_fused",)
+
+
+def choose(found: Sequence[Plan], capacity: int) -> Plan:
+    """The fastest plan that fits `capacity` bytes; where none does, the smallest."""
+    fitting = [plan for plan in found if plan.fits(capacity)]
+    return fitting[0] if fitting else min(found, key=lambda plan: plan.peak_bytes)
+
+
+def fall_back(found: Sequence[Plan], plan: Plan) -> Plan | None:
+    """The fastest plan with a tenth less memory than `plan` and its optimizer, or None: what to do out of memory."""
+    smaller = [p for p in found if p.optim == plan.optim and p.peak_bytes < 0.9 * plan.peak_bytes]
+    return smaller[0] if smaller else None
+
+
+def table(capacity: int, *, width: int, on_gpu: bool) -> list[tuple[Shape, int, bool]]:
+    """(shape, peak bytes, fits) of each known shape at its leanest: r 64 on all linear modules, 2,048 tokens a step."""
+    recipe = Recipe()
+    lora = recipe.lora.model_copy(update={"target_modules": "all-linear", "lora_dropout": 0.0})
+    training = recipe.training.model_copy(update={"gradient_checkpointing": True, "gradient_accumulation_steps": 1})
+    work = Work.of(recipe.model_copy(update={"lora": lora, "training": training}), width=width, on_gpu=on_gpu)
+    smallest = [min(plans(shape, work), key=lambda plan: plan.peak_bytes) for shape in SHAPES]
+    return [(shape, plan.peak_bytes, plan.fits(capacity)) for shape, plan in zip(SHAPES, smallest, strict=True)]

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +124,10 @@ def _run(prepared: Prepared, folder: Path, record: dict[str, Any], checkpoint: P
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if record.setdefault("trainable_parameters", trainable) != trainable:
         raise RunError(f"{folder}: the adapter had {record['trainable_parameters']:,} weights, now {trainable:,}")
-    engine = choose_engine(model, recipe)
+    engine = choose_engine(model, recipe, corpus.train)
     say(f"{trainable:,} trainable weights on {_device_name()}; engine {engine.why}")
+    if engine.plan:
+        say(f"Plan: {engine.plan.describe(engine.capacity)}")
     record |= {"device": _device_name(), "engine": engine.why}
 
     assistant = Assistant(model, prepared.tokenizer)
@@ -155,6 +157,8 @@ def _optimise(
     recipe = prepared.recipe
     model.train()
     started = time.monotonic()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     with Interrupt() as interrupt, bar("Training", recipe.training.max_steps) as progress:
         watch = Watch(progress, folder / "metrics.jsonl")
         trainer = make_trainer(
@@ -178,6 +182,8 @@ def _optimise(
     record["steps"] = trainer.state.global_step
     if torch.cuda.is_available():
         record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    if isinstance(trainer, PackedTrainer) and trainer.plan:
+        record["plan"] = asdict(trainer.plan)
     return bool(trainer.state.global_step >= recipe.training.max_steps)
 
 

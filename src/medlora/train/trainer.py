@@ -1,10 +1,12 @@
 """TRL's SFTTrainer over rows that are already tokenized, with an optional packed step.
 
-Plain: TRL's own padded micro-batches and loss. Packed: the samples of a step become rows without padding
-(one row on a CPU, and on a GPU whose memory holds it; else one a micro-batch) and the loss is the token
-mean over the whole step, the same mathematics.
+Plain: TRL's own padded micro-batches and loss. Packed: the samples of a step become rows without padding (one on
+a CPU, and on a GPU as many as the memory plan says) and the loss is the token mean over the whole step, the same
+mathematics. A step that runs out of memory is computed again by a smaller plan.
 """
 
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,9 +19,11 @@ from trl import SFTConfig, SFTTrainer
 
 from medlora.data.build import to_dataset
 from medlora.data.prompts import Example, Tokenizer
-from medlora.model.fused import base_bytes, row_bytes
+from medlora.errors import ModelError, RecipeError
+from medlora.model.fused import Fused
 from medlora.model.load import compute_dtype
-from medlora.model.packed import pack, packed_loss, packing, unfused, unsupported
+from medlora.model.packed import Batch, pack, packed_loss, packing, split, unfused, unsupported
+from medlora.model.plan import Plan, Shape, Work, choose, fall_back, plans
 from medlora.recipe import Recipe
 
 
@@ -28,27 +32,56 @@ class Engine:
     packed: bool
     why: str
     """One line for the user: which path runs, and why."""
+    plans: tuple[Plan, ...] = ()
+    """How the fused layers may run, fastest first; empty where others run."""
+    fp8: bool = False
+    capacity: int = 0
+    """Bytes of the device's memory that a plan may take."""
+
+    @property
+    def plan(self) -> Plan | None:
+        return choose(self.plans, self.capacity) if self.plans else None
 
 
-def choose_engine(model: Any, recipe: Recipe) -> Engine:
-    wanted = recipe.training.engine
-    if wanted == "plain":
+def choose_engine(model: Any, recipe: Recipe, train: Sequence[Example] = ()) -> Engine:
+    """Which path trains this model, and how it fits the memory, by the longest of the rows that it will see.
+
+    Raises:
+        RecipeError: training.fp8 where it cannot run.
+    """
+    fp8 = recipe.training.fp8
+    if recipe.training.engine == "plain":
         return Engine(False, "plain: TRL's padded micro-batches, as training.engine asks")
     obstacle = unsupported(model, recipe.data.max_length)
     if not obstacle and int(torch.distributed.is_initialized()):
         obstacle = "several processes"
+    slower = obstacle or unfused(model, fp8)
+    if fp8 and slower:
+        raise RecipeError(f"training.fp8: not possible here, since {slower}; set training.fp8: false")
     if obstacle:
         return Engine(False, f"plain: TRL's padded micro-batches, since {obstacle}")
     why = "packed: rows without padding, attention kept inside each document"
-    slower = unfused(model) if model.device.type == "cuda" else None
-    return Engine(True, f"{why}; Transformers' layers rather than fused ones, since {slower}" if slower else why)
+    if slower:
+        on_gpu = model.device.type == "cuda"
+        return Engine(True, f"{why}; Transformers' layers rather than fused ones, since {slower}" if on_gpu else why)
+    work = Work.of(recipe, train, width=model.get_input_embeddings().weight.element_size())
+    return Engine(True, why, tuple(plans(Shape.of(model.config), work)), fp8, _capacity(recipe, model.device))
+
+
+def _capacity(recipe: Recipe, device: torch.device) -> int:
+    """Bytes that a run may take on a GPU, the model that lies there included."""
+    if device.type != "cuda":
+        return 0
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return int(min(free, (recipe.training.max_memory or math.inf) * 2**30))
 
 
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer whose step is a packed row."""
+    """SFTTrainer whose step is one packed row, or several by the memory plan."""
 
-    keep_base = False
-    """Whether a GPU's memory also holds the base dequantised."""
+    engine: Engine
+    plan: Plan | None = None
+    fused: Fused | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -57,20 +90,53 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
                 parameter.data = parameter.data.float()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Transformers' step without its walk over every module, which a short step on a GPU waits for."""
+        """A whole optimizer step; also without Transformers' walk over every module, which a short step on a GPU
+        waits for. Out of memory, it is computed again from the same draws by the next smaller plan.
+
+        Raises:
+            ModelError: the smallest plan does not fit.
+        """
         if not model.training:
             model.train()
-        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        if num_items_in_batch is None:
-            loss = loss / self.current_gradient_accumulation_steps
-        self.accelerator.backward(loss)
-        return loss.detach()
+        while True:
+            draws = torch.get_rng_state()
+            try:
+                return self._rows(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError:
+                pass  # what the rows held is freed only once the exception is gone
+            torch.set_rng_state(draws)
+            model.zero_grad(set_to_none=True)
+            self._fall_back()
+
+    def _rows(self, model: Any, inputs: Batch, num_items_in_batch: Any) -> Tensor:
+        """Forward and backward of each row; the summed loss."""
+        losses, total = [], num_items_in_batch
+        if total is None:
+            total = inputs["labelled"] * self.current_gradient_accumulation_steps
+        for row in split(inputs, self.plan.rows if self.plan else 1):
+            loss = self.compute_loss(model, row, num_items_in_batch=total)
+            self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def _fall_back(self) -> None:
+        smaller = fall_back(self.engine.plans, self.plan) if self.plan else None
+        if smaller is None or self.fused is None:
+            raise ModelError(
+                "the GPU's memory does not hold a step, even by the smallest plan that the recipe allows; lower "
+                "data.max_length or training.per_device_train_batch_size, or set training.gradient_checkpointing=auto"
+            )
+        self.plan = smaller
+        self.fused.change(smaller.keep, smaller.recompute)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        sys.stderr.write(f"out of memory; going on with {smaller.describe(self.engine.capacity)}\n")
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         loss, predicted = packed_loss(self.model, inputs)
-        return loss / (predicted if num_items_in_batch is None else num_items_in_batch).to(loss.device)
+        return loss / (predicted if num_items_in_batch is None else num_items_in_batch)
 
 
 def make_trainer(
@@ -93,9 +159,8 @@ def make_trainer(
         data_collator=pack if engine.packed else None,
         callbacks=list(callbacks),
     )
-    spare = model.device.type == "cuda" and not recipe.training.gradient_checkpointing
-    if isinstance(trainer, PackedTrainer) and spare:
-        trainer.keep_base = _step_fits(recipe, model, keep_base=True)
+    if isinstance(trainer, PackedTrainer):
+        trainer.engine, trainer.plan = engine, engine.plan
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -104,8 +169,13 @@ def make_trainer(
 @contextmanager
 def running(trainer: SFTTrainer) -> Iterator[None]:
     """What must hold while a step is computed."""
-    packed = isinstance(trainer, PackedTrainer)
-    with packing(trainer.model, keep=trainer.keep_base) if packed else nullcontext():
+    plan = trainer.plan if isinstance(trainer, PackedTrainer) else None
+    if plan:
+        fp8 = trainer.engine.fp8
+        with packing(trainer.model, True, keep=plan.keep, recompute=plan.recompute, fp8=fp8) as trainer.fused:
+            yield
+        return
+    with packing(trainer.model) if isinstance(trainer, PackedTrainer) else nullcontext():
         yield
 
 
@@ -113,20 +183,21 @@ def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTC
     training = recipe.training
     on_cpu = model.device.type == "cpu"
     dtype = compute_dtype(recipe.base, model.device)
-    one_row = engine.packed and (on_cpu or _step_fits(recipe, model))
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    whole_step = engine.packed and (on_cpu or engine.plan is not None)
+    recompute = training.gradient_checkpointing is True and engine.plan is None
     return SFTConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=batch * accumulation if one_row else batch,
-        gradient_accumulation_steps=1 if one_row else accumulation,
+        per_device_train_batch_size=batch * accumulation if whole_step else batch,
+        gradient_accumulation_steps=1 if whole_step else accumulation,
         max_steps=training.max_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
         warmup_steps=training.warmup_steps,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        optim=training.optim,
-        gradient_checkpointing=training.gradient_checkpointing,
+        optim=engine.plan.optim if engine.plan else training.optim.replace("auto", "adamw_torch_fused"),
+        gradient_checkpointing=recompute,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=training.logging_steps,
         save_strategy="steps" if training.save_steps else "no",
@@ -143,15 +214,3 @@ def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTC
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
     )
-
-
-def _step_fits(recipe: Recipe, model: Any, *, keep_base: bool = False) -> bool:
-    """Whether a GPU's free memory holds a whole optimizer step as one row, were every sample of full length; with
-    `keep_base`, beside the dequantised base."""
-    if unfused(model):
-        return False
-    training, config = recipe.training, model.config
-    tokens = training.per_device_train_batch_size * training.gradient_accumulation_steps * recipe.data.max_length
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    needed = row_bytes(config, tokens, recompute=training.gradient_checkpointing) + 14 * trained
-    return bool(needed + keep_base * base_bytes(config) <= torch.cuda.mem_get_info(model.device)[0])
