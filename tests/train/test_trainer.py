@@ -1,0 +1,100 @@
+"""The packed trainer by a memory plan: through the fused layers on a CPU, and out of memory in mid-step."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medlora.errors import ModelError, RecipeError
+from medlora.model.adapter import add_lora
+from medlora.model.load import load_model
+from medlora.model.plan import Plan, Shape, Work, plans
+from medlora.recipe import load_recipe
+from medlora.train.run import prepare
+from medlora.train.trainer import Engine, PackedTrainer, choose_engine, make_trainer, running
+
+Toy = Callable[..., Any]
+
+
+def trainer_of(recipe: Any, folder: Path, start: Callable[[Plan], bool]) -> PackedTrainer:
+    """A trainer whose engine is a GPU's: the fused layers, from the fastest plan that `start` accepts."""
+    prepared = prepare(recipe)
+    model = add_lora(load_model(prepared.base, recipe.base), recipe.lora, recipe.training.seed)
+    found = plans(Shape.of(model.config), Work.of(recipe, prepared.corpus.train))
+    engine = Engine(True, "", tuple(found), capacity=10**15)
+    trainer = make_trainer(recipe, model, prepared.tokenizer, prepared.corpus.train, engine, folder, [])
+    assert isinstance(trainer, PackedTrainer)
+    trainer.plan = next(plan for plan in found if start(plan))
+    return trainer
+
+
+def losses(trainer: PackedTrainer) -> list[float]:
+    with running(trainer):
+        trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def runs_out(trainer: PackedTrainer, monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
+    """Out of memory in these backward passes, when the gradients have already been added to."""
+    backward, count = trainer.accelerator.backward, [0]
+
+    def failing(loss: torch.Tensor) -> None:
+        backward(loss)
+        count[0] += 1
+        if count[0] in calls:
+            raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(trainer.accelerator, "backward", failing)
+
+
+def one_row(plan: Plan) -> bool:
+    return plan.rows == 1 and plan.recompute == "none"
+
+
+def test_out_of_memory_goes_on_without_losing_the_step(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = toy("lora.lora_dropout=0.1", "training.max_steps=5")
+    unbroken = losses(trainer_of(recipe, tmp_path, one_row))
+    trainer = trainer_of(recipe, tmp_path, one_row)
+    smaller = next(p for p in trainer.engine.plans if p.rows == 1 and p.recompute == "full")
+    monkeypatch.setattr("medlora.train.trainer.fall_back", lambda *_: smaller)
+    runs_out(trainer, monkeypatch, {1, 4})
+    assert losses(trainer) == unbroken and len(unbroken) == 5
+    assert trainer.plan is smaller and trainer.fused is not None and trainer.fused.recompute == "full"
+    assert "out of memory; going on with 1 row" in capsys.readouterr().err
+
+
+def test_out_of_memory_down_to_more_rows(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = toy("training.max_steps=4")
+    unbroken = losses(trainer_of(recipe, tmp_path, one_row))
+    trainer = trainer_of(recipe, tmp_path, one_row)
+    rows = next(p for p in trainer.engine.plans if p.rows == 4 and p.recompute == "offload")
+    monkeypatch.setattr("medlora.train.trainer.fall_back", lambda *_: rows)
+    runs_out(trainer, monkeypatch, {2})
+    assert losses(trainer) == pytest.approx(unbroken, rel=1e-5)
+
+
+def test_out_of_memory_at_the_smallest_plan_says_what_to_change(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(toy(), tmp_path, one_row)
+    runs_out(trainer, monkeypatch, set(range(100)))
+    with pytest.raises(ModelError, match="lower data.max_length"):
+        losses(trainer)
+
+
+def test_the_recipe_reaches_the_optimizer(toy: Toy, tmp_path: Path) -> None:
+    trainer = trainer_of(toy("training.optim=paged_adamw_8bit"), tmp_path, one_row)
+    assert trainer.args.optim == "paged_adamw_8bit" and trainer.args.per_device_train_batch_size == 4
+
+
+def test_fp8_is_refused_where_it_cannot_run(toy: Toy) -> None:
+    recipe = toy("training.fp8=true")
+    model: Any = load_model(prepare(toy()).base, recipe.base, torch.device("cpu"))
+    with pytest.raises(RecipeError, match=r"training\.fp8: not possible here.*GPU"):
+        choose_engine(model, recipe)
+    with pytest.raises(RecipeError, match="fp8 needs the packed engine"):
+        load_recipe("demo", ["training.fp8=true", "training.engine=plain"])
