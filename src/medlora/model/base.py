@@ -83,7 +83,7 @@ def _check_folder(folder: Path, trust_remote_code: bool) -> None:
             f"{folder}: this base runs Python code of its own; read that code, then set base.trust_remote_code=true"
         )
     for shard in _shards(folder):
-        _check_safetensors(shard)
+        check_safetensors(shard)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -108,7 +108,7 @@ def _shards(folder: Path) -> list[Path]:
     return shards
 
 
-def _check_safetensors(file: Path) -> None:
+def check_safetensors(file: Path) -> None:
     """Compare the length that the header promises with the file's."""
     size = file.stat().st_size
     try:

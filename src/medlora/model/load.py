@@ -1,10 +1,12 @@
 """Load a base in 4-bit NF4 (Dettmers et al. 2023, arXiv:2305.14314).
 
-On a GPU bitsandbytes keeps the 4-bit codes and every product dequantises them. On a CPU memory is not the
+On a GPU bitsandbytes keeps the 4-bit codes, read straight onto the card by `stream`, and every product dequantises
+them. On a CPU memory is not the
 bottleneck and the dequantisation is: each weight is rounded to NF4 once, by bitsandbytes' own quantiser, and kept
 dequantised. Both hold the same values.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 
 from medlora.errors import ModelError
 from medlora.model.base import Resolved, _unloadable
+from medlora.model.stream import Unusual, load_nf4
 from medlora.recipe import Base
 
 NF4_BLOCK = 64
@@ -53,6 +56,12 @@ def load_model(resolved: Resolved, base: Base, on: torch.device | None = None) -
         kwargs["use_safetensors"] = True  # never a pickle
     four_bit_on_gpu = base.quantization == "nf4" and on.type == "cuda" and not resolved.gguf_file
     if four_bit_on_gpu:
+        try:
+            return _frozen(load_nf4(resolved, _bitsandbytes(base, dtype), dtype, on))
+        except Unusual as reason:
+            sys.stderr.write(f"{resolved.path}: loaded through Transformers, since {reason}\n")
+        except torch.OutOfMemoryError:
+            raise _too_large(resolved, on) from None
         kwargs |= {
             "quantization_config": _bitsandbytes(base, dtype),
             "device_map": {"": on.index or 0},
@@ -63,12 +72,19 @@ def load_model(resolved: Resolved, base: Base, on: torch.device | None = None) -
         if not four_bit_on_gpu:
             model = _place(model, base, on, dtype)
     except torch.OutOfMemoryError:
-        raise ModelError(f"{resolved.path}: too large for the memory of {on}; see `medlora doctor`") from None
+        raise _too_large(resolved, on) from None
     except Exception as error:
         raise _unloadable(resolved, "weights", error) from None
+    return _frozen(model)
+
+
+def _frozen(model: Any) -> Any:
     model.config.use_cache = False
-    model.requires_grad_(False)
-    return model
+    return model.requires_grad_(False)
+
+
+def _too_large(resolved: Resolved, on: torch.device) -> ModelError:
+    return ModelError(f"{resolved.path}: too large for the memory of {on}; see `medlora doctor`")
 
 
 def _bitsandbytes(base: Base, dtype: torch.dtype) -> Any:

@@ -1,0 +1,211 @@
+"""Load a base straight into NF4 on its device, and keep the quantised weights for the next time.
+
+The model is laid out without memory (on torch's meta device). Its safetensors are then read tensor by tensor
+through one pinned buffer as large as the largest of them, copied to the device and quantised there by
+bitsandbytes: the host never holds more than that buffer, the device never a second tensor in 16 bits.
+
+The result goes to MEDLORA_HOME/quantised in bitsandbytes' own serialised form, which Transformers loads too, under
+a name that tells bases, dtypes and quantisations apart. The next run reads a quarter of the bytes and
+quantises nothing. What is unusual about a base raises `Unusual`, and the caller loads it through Transformers.
+"""
+
+import copy
+import hashlib
+import json
+import shutil
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medlora.assets import home
+from medlora.errors import ModelError
+from medlora.model.base import Resolved, _shards, check_safetensors, fingerprint, load_config
+from medlora.privacy import is_offline
+
+FAMILIES = ("llama", "mistral")
+DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8, "I64": torch.int64,
+}  # fmt: skip
+SHARD = "1GB"  # of the cache: what the host holds while it is written
+READ = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+
+
+class Unusual(Exception):
+    """This base is not laid out as expected; the message says how."""
+
+
+def load_nf4(resolved: Resolved, quantization: Any, dtype: torch.dtype, on: torch.device) -> Any:
+    """The base as `from_pretrained` with this `BitsAndBytesConfig` gives it, weight by weight the same.
+
+    Raises:
+        Unusual: an architecture, a file layout or a weight that this loader does not know.
+    """
+    folder = _folder(resolved)
+    base = Resolved(str(folder), None, None, resolved.trust_remote_code)
+    config = load_config(base)
+    if config.model_type not in FAMILIES or getattr(config, "quantization_config", None):
+        raise Unusual(f"{config.model_type} is not a plain base of the LLaMA family")
+    cached = home() / "quantised" / _key(base, quantization, dtype)
+    if _is_whole(cached):
+        model = _skeleton(config, quantization, dtype, on)
+        _read_quantised(model, cached, on)
+        return _finish(model, folder, on)
+    model = _skeleton(config, quantization, dtype, on)
+    _read_plain(model, folder, dtype, on)
+    model = _finish(model, folder, on)
+    _save(model, cached)
+    return model
+
+
+def _folder(resolved: Resolved) -> Path:
+    if resolved.gguf_file:
+        raise Unusual("it is a GGUF file")
+    if resolved.is_local:
+        return Path(resolved.path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                resolved.path, revision=resolved.revision, allow_patterns=READ, local_files_only=is_offline()
+            )
+        )
+    except OSError as error:  # Transformers will say it better
+        raise Unusual(f"the hub did not give it ({type(error).__name__})") from None
+
+
+def _key(base: Resolved, quantization: Any, dtype: torch.dtype) -> str:
+    settings = [fingerprint(base), quantization.to_json_string(), str(dtype), version("bitsandbytes")]
+    return hashlib.sha256("\n".join(settings).encode()).hexdigest()[:32]
+
+
+def _skeleton(config: Any, quantization: Any, dtype: torch.dtype, on: torch.device) -> Any:
+    """The model on the meta device, its linear modules but the head in 4 bits; its rotary tables on the device."""
+    from transformers import AutoModelForCausalLM
+    from transformers.quantizers import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(copy.deepcopy(quantization), pre_quantized=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation="sdpa")
+    quantizer.preprocess_model(model=model, dtype=dtype, device_map={"": on})
+    model.hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+    # on the CPU first, as Transformers does: a GPU's powers differ in the last bit
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(on)
+    return model
+
+
+def _read_plain(model: Any, folder: Path, dtype: torch.dtype, on: torch.device) -> None:
+    shards = _shards(folder)
+    wanted = _wanted(model)
+    found = {name for shard in shards for name in _header(shard)[0]}
+    missing, extra = wanted - found, {name for name in found - set(model.state_dict()) if not name.endswith("inv_freq")}
+    if missing or extra:
+        raise Unusual(f"its weights are named otherwise ({min(missing | extra)})")
+    for shard in shards:
+        for name, tensor in _tensors(shard, wanted, on):
+            _set(model, name, tensor.to(dtype))
+
+
+def _wanted(model: Any) -> set[str]:
+    """Names of the weights that files hold: all but the tied head."""
+    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    return {name for name, _ in model.named_parameters()} - tied
+
+
+def _set(model: Any, name: str, tensor: Tensor) -> None:
+    """Put a weight in its place, quantised where the module is in 4 bits."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = module._parameters[leaf]
+    if old.shape != tensor.shape:
+        raise Unusual(f"{name} is {tuple(tensor.shape)}, not {tuple(old.shape)}")
+    if type(old) is nn.Parameter:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._parameters[leaf] = type(old)(tensor, requires_grad=False, **vars(old)).to(tensor.device)
+
+
+def _read_quantised(model: Any, folder: Path, on: torch.device) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    held = {name: tensor for shard in _shards(folder) for name, tensor in _tensors(shard, None, on)}
+    for path, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            weight = held.pop(f"{path}.weight")
+            stats = {name: held.pop(name) for name in list(held) if name.startswith(f"{path}.weight.")}
+            module.weight = Params4bit.from_prequantized(weight, stats, device=on, module=module)
+    for name in _wanted(model) & set(held):
+        _set(model, name, held[name])
+
+
+def _finish(model: Any, folder: Path, on: torch.device) -> Any:
+    from transformers import GenerationConfig
+
+    model.tie_weights()
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise Unusual(f"{left[0]} is in no file")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    model.hf_device_map = {"": on if on.index is None else on.index}
+    return model.eval()
+
+
+def _save(model: Any, cached: Path) -> None:
+    """One rename publishes the cache; a disk that cannot take it costs the next run its speed and nothing else."""
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=cached.parent) as work:
+            made = Path(work) / "model"
+            model.save_pretrained(made, max_shard_size=SHARD)
+            shutil.rmtree(cached, ignore_errors=True)
+            made.replace(cached)
+    except OSError as error:
+        sys.stderr.write(f"the quantised base is not kept for the next run: {cached.parent}: {error.strerror}\n")
+
+
+def _is_whole(cached: Path) -> bool:
+    """Whether the cache is there and no file of it is cut short."""
+    try:
+        for shard in _shards(cached):
+            check_safetensors(shard)
+    except (ModelError, OSError):
+        return False
+    return True
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int]:
+    """({name: its dtype, shape and place}, first byte of the data) of a safetensors file."""
+    with file.open("rb") as handle:
+        (size,) = struct.unpack("<Q", handle.read(8))
+        header: dict[str, Any] = json.loads(handle.read(size))
+    header.pop("__metadata__", None)
+    return header, 8 + size
+
+
+def _tensors(file: Path, wanted: set[str] | None, on: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor on the device) in the order of the file."""
+    header, begin = _header(file)
+    entries = [(*entry["data_offsets"], name, entry) for name, entry in header.items()]
+    unknown = {entry["dtype"] for *_, entry in entries} - DTYPES.keys()
+    if unknown:
+        raise Unusual(f"{file.name} holds {min(unknown)}")
+    buffer = torch.empty(
+        max(end - start for start, end, *_ in entries), dtype=torch.uint8, pin_memory=on.type == "cuda"
+    )
+    with file.open("rb") as handle:
+        for start, end, name, entry in sorted(entries, key=lambda e: e[0]):
+            if wanted is None or name in wanted:
+                handle.seek(begin + start)
+                handle.readinto(buffer.numpy().data[: end - start])
+                tensor = buffer[: end - start].view(DTYPES[entry["dtype"]]).view(entry["shape"])
+                yield name, tensor.to(on, copy=True)
