@@ -1,6 +1,6 @@
 """What each choice of recipes/medquad.yaml is worth: the recipe beside itself with one choice changed.
 
-    python bench/recipe_choices.py --data train.jsonl.gz --valid valid.jsonl.gz [--steps 40] [--rows 80] [--only NAME]
+    python bench/recipe_choices.py --data train.jsonl.gz --valid valid.jsonl.gz [--steps 24] [--rows 60] [--only NAME]
 
 Every line trains the same rows in the same order from the same seed and reads the completion loss on the same
 held-out rows, spread evenly over the file. Times include nothing but optimizer steps; runs that share the
@@ -46,7 +46,11 @@ def measure(overrides: list[str], arguments: argparse.Namespace) -> dict[str, An
     from medlora.train.trainer import choose_engine, make_trainer, running
 
     common = [f"data.path={arguments.data}", f"data.valid_path={arguments.valid}"]
-    common += [f"training.max_steps={arguments.steps}", "training.logging_steps=1"]
+    common += [
+        f"training.max_steps={arguments.steps}",
+        "training.logging_steps=1",
+        f"data.max_length={arguments.max_length}",
+    ]
     recipe = load_recipe("medquad", [*common, f"training.warmup_steps={min(10, arguments.steps // 4)}", *overrides])
     run = prepare(recipe)
     completions = recipe.model_copy(update={"prompt": recipe.prompt.model_copy(update={"loss_on": "completion"})})
@@ -71,8 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--valid", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rows", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--only", choices=CHOICES, action="append")
     arguments = parser.parse_args()
     from medlora.privacy import quiet
