@@ -83,6 +83,20 @@ def test_doctor_reports_versions_and_what_fits(medlora: Cli) -> None:
     assert "Llama-2-7B" in medlora("doctor")[1]
 
 
+def test_doctor_plans_a_recipe_without_training(medlora: Cli, toy: Callable[..., Any], tmp_path: Path) -> None:
+    toy()
+    code, out, _ = medlora("doctor", "--recipe", "toy.yaml", "--json")
+    plan = json.loads(out)
+    assert code == 0 and plan["rows"] == 1 and 0 < plan["peak_bytes"] < plan["capacity_bytes"]
+    larger = ("--set", "training.per_device_train_batch_size=8", "--set", "data.max_length=256")
+    assert (
+        json.loads(medlora("doctor", "--recipe", "toy.yaml", "--json", *larger)[1])["peak_bytes"] > plan["peak_bytes"]
+    )
+    assert medlora("doctor", "--recipe", "toy.yaml")[1].startswith("Plan: 1 row of up to")
+    assert medlora("doctor", "--recipe", "toy.yaml", "--set", "training.engine=plain")[0] == 2
+    assert medlora("doctor", *larger)[0] == 2 and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [

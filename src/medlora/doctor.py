@@ -1,22 +1,25 @@
-"""What is installed, what this machine is, and which model sizes it can train."""
+"""What is installed, what this machine is, which model sizes it can train, and how a recipe would run on it."""
 
+import math
+from dataclasses import asdict
 from typing import Any
 
 import psutil
 import torch
 
 from medlora import assets
+from medlora.errors import RecipeError
+from medlora.model.base import load_config
 from medlora.model.load import compute_dtype, device
-from medlora.model.plan import table
-from medlora.recipe import Base
+from medlora.model.packed import FAMILIES
+from medlora.model.plan import Shape, Work, choose, plans, table
+from medlora.recipe import Base, Recipe
 from medlora.train.manifest import versions
 
 
 def examine() -> dict[str, Any]:
     """Versions, device, memory, cache, and the sizes that fit (estimates)."""
-    on = device()
-    memory = psutil.virtual_memory()
-    free = torch.cuda.mem_get_info(on)[0] if on.type == "cuda" else memory.available
+    on, free = device(), free_bytes(device())
     dtype = compute_dtype(Base(), on)
     fits = table(free, width=dtype.itemsize, on_gpu=on.type == "cuda")
     return {
@@ -26,7 +29,7 @@ def examine() -> dict[str, Any]:
             "cpu_threads": torch.get_num_threads(),
             "compute_dtype": str(dtype).removeprefix("torch."),
             "free_bytes": free,
-            "ram_bytes": memory.total,
+            "ram_bytes": psutil.virtual_memory().total,
         },
         "cache": {
             "folder": str(assets.home()),
@@ -34,6 +37,31 @@ def examine() -> dict[str, Any]:
         },
         "can_train": [{"model": shape.name, "estimated_bytes": needed, "fits": fit} for shape, needed, fit in fits],
     }
+
+
+def free_bytes(on: torch.device) -> int:
+    return int(torch.cuda.mem_get_info(on)[0] if on.type == "cuda" else psutil.virtual_memory().available)
+
+
+def plan(recipe: Recipe) -> dict[str, Any]:
+    """How `recipe` would run on this machine: the plan and its predicted peak, from its data and the base's shape.
+
+    Raises:
+        RecipeError: a run whose memory is not planned, as that of the plain engine. Others as `train.run.prepare`.
+    """
+    from medlora.train.run import prepare
+
+    prepared, on = prepare(recipe), device()
+    config = load_config(prepared.base)
+    if recipe.training.engine == "plain" or config.model_type not in FAMILIES:
+        raise RecipeError(
+            "only the packed engine plans its memory; it takes bases of the LLaMA family and engine: auto"
+        )
+    width = compute_dtype(recipe.base, on).itemsize
+    work = Work.of(recipe, prepared.corpus.train, width=width, on_gpu=on.type == "cuda")
+    capacity = int(min(free_bytes(on), (recipe.training.max_memory or math.inf) * 2**30))
+    chosen = choose(plans(Shape.of(config), work), capacity)
+    return {"recipe": recipe.name, "line": chosen.describe(capacity), "capacity_bytes": capacity} | asdict(chosen)
 
 
 def describe(report: dict[str, Any]) -> list[str]:
@@ -47,7 +75,7 @@ def describe(report: dict[str, Any]) -> list[str]:
         f"{device_['cpu_threads']} CPU threads, computes in {device_['compute_dtype']}",
         f"Cache: {cache['folder']} (embedded base {'ready' if cache['embedded_base'] else 'not fetched yet'})",
         "",
-        "Training in 4-bit, LoRA r 64 on all linear layers, gradient checkpointing, 2,048 tokens a step (estimates)",
+        "Training in 4-bit, LoRA r 64 on all linear layers, layers recomputed, 2,048 tokens a step (estimates)",
     ]
     for entry in report["can_train"]:
         verdict = "fits" if entry["fits"] else "too large for this machine"

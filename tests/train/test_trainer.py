@@ -91,10 +91,13 @@ def test_the_recipe_reaches_the_optimizer(toy: Toy, tmp_path: Path) -> None:
     assert trainer.args.optim == "paged_adamw_8bit" and trainer.args.per_device_train_batch_size == 4
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused without a GPU")
 def test_fp8_is_refused_where_it_cannot_run(toy: Toy) -> None:
     recipe = toy("training.fp8=true")
     model: Any = load_model(prepare(toy()).base, recipe.base, torch.device("cpu"))
     with pytest.raises(RecipeError, match=r"training\.fp8: not possible here.*GPU"):
         choose_engine(model, recipe)
+    with pytest.raises(RecipeError, match=r"training\.fp8: needs a GPU"):
+        prepare(recipe)
     with pytest.raises(RecipeError, match="fp8 needs the packed engine"):
         load_recipe("demo", ["training.fp8=true", "training.engine=plain"])

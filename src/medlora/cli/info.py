@@ -5,6 +5,7 @@ import json
 import click
 
 from medlora.cli.options import offline
+from medlora.errors import RecipeError
 
 
 @click.group()
@@ -45,11 +46,20 @@ def recipes_show(recipe: str, resolved: bool, overrides: tuple[str, ...], as_jso
 
 
 @click.command()
+@click.option("--recipe", help="Print how this recipe would run here: its plan and predicted peak of memory.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override a field of it.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @offline
-def doctor(as_json: bool) -> None:
+def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Versions, device, memory, and which model sizes this machine can train."""
     from medlora import doctor as examination
+    from medlora.recipe import load_recipe
 
+    if overrides and not recipe:
+        raise RecipeError("--set changes a recipe; give it with --recipe")
+    if recipe:
+        planned = examination.plan(load_recipe(recipe, overrides))
+        click.echo(json.dumps(planned, indent=2) if as_json else f"Plan: {planned['line']}")
+        return
     report = examination.examine()
     click.echo(json.dumps(report, indent=2) if as_json else "\n".join(examination.describe(report)))

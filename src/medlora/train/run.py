@@ -50,6 +50,8 @@ def prepare(recipe: Recipe) -> Prepared:
     Raises:
         RecipeError, DataError, ModelError, AssetError: whatever is wrong, before any weight is loaded.
     """
+    if recipe.training.fp8 and not torch.cuda.is_available():
+        raise RecipeError("training.fp8: needs a GPU of compute capability 8.9 or higher; set training.fp8: false")
     base = resolve(recipe.base)
     context = getattr(load_config(base), "max_position_embeddings", None)
     if context and recipe.data.max_length > context:
