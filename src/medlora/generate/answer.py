@@ -1,20 +1,26 @@
-"""Decode with a key-value cache, token by token, streaming text as it becomes certain.
+"""Questions in, answers out: one loaded base that answers with its adapter and without.
 
-The template and the end tokens are those that lie beside the adapter; nothing here knows another.
+The template and the end tokens are those that lie beside the adapter; nothing here knows another. LLaMA-family models
+decode through `Engine`; others through Transformers' own forward pass, one answer after the other.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from medlora.data.prompts import Tokenizer, prepare_tokenizer, prompt_ids
 from medlora.errors import ModelError
+from medlora.generate.engine import Engine, Request, Token, log_probabilities
 from medlora.generate.sampling import Sampler, Sampling
+from medlora.generate.text import Text
+from medlora.generate.weights import Unknown
 from medlora.model.adapter import base_of, load_adapter
 from medlora.model.base import load_tokenizer, resolve
 from medlora.model.load import load_model
@@ -29,8 +35,11 @@ class Answer:
     text: str
     tokens: int
     seconds: float
+    """From the call to this answer's end; answers of one call overlap."""
     finished: bool
-    """True where the model ended by itself; False where the length limit cut it."""
+    """True where the model ended by itself or at a stop string; False where the length limit cut it."""
+    logprobs: tuple[Token, ...] = ()
+    """Every token with its log-probabilities, where the settings ask for them."""
 
 
 class Assistant:
@@ -55,59 +64,117 @@ class Assistant:
         model = load_model(resolved, base).eval()
         return cls(load_adapter(model, adapter, resolved) if adapter else model, tokenizer)
 
+    @property
+    def slow(self) -> str | None:
+        """Why this model decodes through Transformers, or None."""
+        return self._engine if isinstance(self._engine, str) else None
+
     def stream(self, messages: Messages, settings: Sampling, *, tuned: bool = True) -> Iterator[str]:
         """Pieces of the answer's text, as they are decoded.
 
         Raises:
             ModelError: the conversation leaves no room in the model's context.
         """
-        ids: list[int] = []
-        shown = ""
-        for token in self._tokens(messages, settings, tuned):
-            ids.append(token)
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if not text.endswith("�"):  # an unfinished UTF-8 sequence
-                yield text[len(shown) :]
-                shown = text
+        asked = self._request(messages, settings, tuned)
+        for token in self._tokens([asked]):
+            piece = asked.text.piece(last=token.last)
+            if piece:
+                yield piece
 
     def answer(self, messages: Messages, settings: Sampling, *, tuned: bool = True) -> Answer:
-        """The whole answer at once."""
-        started = time.monotonic()
-        ids = list(self._tokens(messages, settings, tuned))
-        finished = bool(ids) and ids[-1] in self._ends()
-        text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return Answer(text, len(ids), time.monotonic() - started, finished)
+        """The whole answer at once. Raises ModelError as `stream`."""
+        return self.answer_many([messages], settings, tuned=tuned)[0]
 
     def ask(self, question: str, settings: Sampling, *, tuned: bool = True) -> Answer:
         return self.answer([("user", question)], settings, tuned=tuned)
+
+    def answer_many(self, conversations: Sequence[Messages], settings: Sampling, *, tuned: bool = True) -> list[Answer]:
+        """The answers to many conversations, decoded together; each is what it would be alone.
+
+        Raises:
+            ModelError: as `stream`, for any of them.
+        """
+        started = time.monotonic()
+        asked = [self._request(messages, settings, tuned) for messages in conversations]
+        tokens: list[list[Token]] = [[] for _ in asked]
+        seconds = [0.0] * len(asked)
+        for token in self._tokens(asked):
+            tokens[token.request].append(token)
+            seconds[token.request] = time.monotonic() - started
+        return [
+            Answer(
+                one.text.final(),
+                len(found),
+                took,
+                bool(found) and found[-1].ended,
+                tuple(found) if settings.logprobs is not None else (),
+            )
+            for one, found, took in zip(asked, tokens, seconds, strict=True)
+        ]
+
+    def _request(self, messages: Messages, settings: Sampling, tuned: bool) -> "_Asked":
+        prompt = prompt_ids(self.tokenizer, messages)
+        context: int = self.model.config.max_position_embeddings
+        limit: int = min(settings.max_length or context, context)
+        if len(prompt) >= limit:
+            raise ModelError(
+                f"the conversation has {len(prompt)} tokens and the limit is {limit}; shorten or /reset it"
+            )
+        text = Text(self.tokenizer, settings.stop)
+        adapter = self.model.active_adapter if self.has_adapter and tuned else None
+        return _Asked(text, Request(prompt, settings, adapter, frozenset(self._ends()), text.ends_with))
 
     def _ends(self) -> set[int]:
         configured = self.model.generation_config.eos_token_id
         ends = configured if isinstance(configured, list) else [configured]
         return {self.tokenizer.eos_token_id, *ends} - {None}
 
-    def _tokens(self, messages: Messages, settings: Sampling, tuned: bool) -> Iterator[int]:
-        prompt = prompt_ids(self.tokenizer, messages)
-        room = self._room(len(prompt), settings)
-        device = self.model.device
-        sampler, ends = Sampler(settings, device), self._ends()
-        ids = torch.tensor([prompt], device=device)
-        fed, cache = ids, None
-        with self.model.disable_adapter() if self.has_adapter and not tuned else nullcontext():
-            for _ in range(room):
+    @cached_property
+    def _engine(self) -> Engine | str:
+        """Made at the first question: a model that is only trained needs none."""
+        try:
+            return Engine(self.model)
+        except Unknown as reason:
+            return str(reason)
+
+    def _tokens(self, asked: Sequence["_Asked"]) -> Iterator[Token]:
+        requests = [one.request for one in asked]
+        if isinstance(self._engine, Engine):
+            yield from self._engine.stream(requests)
+            return
+        for index, request in enumerate(requests):
+            yield from self._through_transformers(index, request)
+
+    def _through_transformers(self, index: int, request: Request) -> Iterator[Token]:
+        device, settings = self.model.device, request.settings
+        sampler = Sampler(settings, device)
+        ids = torch.tensor([list(request.ids)], device=device)
+        context: int = min(self.model.config.max_position_embeddings, settings.max_length or 2**62)
+        room = min(settings.max_new_tokens, context - len(request.ids))
+        fed, cache, tokens = ids, None, list[int]()
+        with self.model.disable_adapter() if self.has_adapter and request.adapter is None else nullcontext():
+            while len(tokens) < room:
                 with torch.inference_mode():  # left before each yield: it must not reach the caller
                     out = self.model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                    token = sampler(ids, out.logits[:, -1])
+                    tokens.append(sampler(ids, out.logits[:, -1]))
+                    report = _report(out.logits[:, -1].float(), tokens[-1], settings.logprobs)
                 cache = out.past_key_values
-                yield token
-                if token in ends:
+                ended = request.ended(tokens)
+                yield Token(index, tokens[-1], ended or len(tokens) == room, ended, *report)
+                if ended:
                     return
-                fed = torch.tensor([[token]], device=device)
+                fed = torch.tensor([tokens[-1:]], device=device)
                 ids = torch.cat([ids, fed], 1)
 
-    def _room(self, prompt: int, settings: Sampling) -> int:
-        context: int = self.model.config.max_position_embeddings
-        limit: int = min(settings.max_length or context, context)
-        if prompt >= limit:
-            raise ModelError(f"the conversation has {prompt} tokens and the limit is {limit}; shorten or /reset it")
-        return min(settings.max_new_tokens, limit - prompt)
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    text: Text
+    request: Request
+
+
+def _report(logits: Tensor, token: int, likeliest: int | None) -> tuple[Any, ...]:
+    if likeliest is None:
+        return ()
+    chosen, values, order = log_probabilities(logits, torch.tensor([token], device=logits.device), likeliest)
+    return float(chosen), tuple(zip(order[0].tolist(), values[0].tolist(), strict=True))

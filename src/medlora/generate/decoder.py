@@ -1,0 +1,203 @@
+"""The forward pass of a LLaMA-family model over rows of any lengths, side by side without padding.
+
+A `Pass` says where each row's new tokens stand, which keys they see and which adapter they take; prompts, drafts and
+single tokens differ only in how many are new. Per layer:
+
+    norm -> q, k, v -> rope -> keys and values into the cache -> attention -> o (+ x) -> norm -> gate, up -> down (+ x)
+
+Shapes: T tokens of a pass, D hidden, H query heads, K key heads, C head size, V vocabulary.
+"""
+
+# torch leaves Tensor.split untyped
+# mypy: allow-untyped-calls
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from medlora.generate.cache import BLOCK, Cache
+from medlora.generate.weights import Choice, Projection, Unknown, weight_of
+from medlora.kernels.attention import Documents, attention
+from medlora.kernels.rms_norm import rms_norm
+from medlora.kernels.rope import rope_
+from medlora.model.packed import FAMILIES
+
+MOVING_ROPE = ("dynamic", "longrope")  # tables that change with the length
+
+
+class Span(NamedTuple):
+    """Part of one conversation: `new` tokens after `past` ones."""
+
+    blocks: Sequence[int]
+    past: int
+    new: int
+
+    @property
+    def where(self) -> list[int]:
+        """Places of the new tokens in a pool seen as [blocks * 64, ...]."""
+        return [self.blocks[i // BLOCK] * BLOCK + i % BLOCK for i in range(self.past, self.past + self.new)]
+
+
+class Layer(NamedTuple):
+    input_norm: Any
+    qkv: Projection
+    o: Projection
+    post_norm: Any
+    gate_up: Projection
+    down: Projection
+
+
+class Decoder:
+    """The weights of a loaded model and every adapter on it.
+
+    Args:
+        model: a causal LM of the LLaMA family on one device, or a `PeftModel` of one.
+
+    Raises:
+        Unknown: something that this pass does not compute.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.adapters = list(getattr(model, "peft_config", {}))
+        causal = model.get_base_model() if self.adapters else model
+        _check(causal)
+        self.model, config = causal.model, causal.config
+        self.dtype: torch.dtype = self.model.embed_tokens.weight.dtype
+        self.device: torch.device = self.model.embed_tokens.weight.device
+        attn = self.model.layers[0].self_attn
+        self.heads: tuple[int, int, int] = (config.num_attention_heads, config.num_key_value_heads, attn.head_dim)
+        self.scale: float = attn.scaling
+        self.context: int = config.max_position_embeddings
+        with torch.inference_mode(False), torch.no_grad():
+            self.layers = [self._layer(layer) for layer in self.model.layers]
+            self.head = weight_of([causal.lm_head], self.dtype)
+        self.projections = [p for layer in self.layers for p in layer if isinstance(p, Projection)]
+        self._seen = -1
+
+    def _layer(self, layer: Any) -> Layer:
+        def project(*modules: Any, gated: bool = False) -> Projection:
+            return Projection(modules, self.adapters, self.dtype, gated=gated)
+
+        attn, mlp = layer.self_attn, layer.mlp
+        return Layer(
+            layer.input_layernorm,
+            project(attn.q_proj, attn.k_proj, attn.v_proj),
+            project(attn.o_proj),
+            layer.post_attention_layernorm,
+            project(mlp.gate_proj, mlp.up_proj),
+            project(mlp.down_proj, gated=True),
+        )
+
+    def refresh(self) -> bool:
+        """Take over adapters that were trained on since; whether there were any."""
+        now = sum(master._version for p in self.projections for _, master, _ in p.copies)
+        if now == self._seen:
+            return False
+        self._seen = now
+        for projection in self.projections:
+            projection.refresh()
+        return True
+
+    def __call__(self, tokens: Tensor, row: "Pass", cache: Cache) -> Tensor:
+        """Hidden states [T, D] after the final norm of tokens [T] int64; their keys and values go to the cache."""
+        x = F.embedding(tokens, self.model.embed_tokens.weight)
+        for index, layer in enumerate(self.layers):
+            qkv = layer.qkv(_norm(x, layer.input_norm), row.choice)
+            x = layer.o(row.attend(qkv, cache, index), row.choice, x)
+            x = layer.down(layer.gate_up(_norm(x, layer.post_norm), row.choice), row.choice, x)
+        return _norm(x, self.model.norm)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables [T, C] of positions [T]."""
+        like = self.model.embed_tokens.weight[:1]
+        cos, sin = self.model.rotary_emb(like, positions[None])
+        return cos[0], sin[0]
+
+
+class Pass:
+    """Rows side by side, each attending to its own conversation."""
+
+    def __init__(self, decoder: Decoder, spans: Sequence[Span], slots: Sequence[int]) -> None:
+        """`slots` holds the adapter of each span, -1 for none."""
+        self.heads, self.scale, self.spans = decoder.heads, decoder.scale, spans
+        device = decoder.device
+        where = [place for span in spans for place in span.where]
+        positions = [i for span in spans for i in range(span.past, span.past + span.new)]
+        self.where = torch.tensor(where).to(device)
+        self.cos, self.sin = decoder.rotary(torch.tensor(positions).to(device))
+        half = self.sin.shape[1] // 2
+        self.signed = torch.cat([-self.sin[:, :half], self.sin[:, half:]], 1)
+        each = [slot for span, slot in zip(spans, slots, strict=True) for _ in range(span.new)]
+        self.choice = Choice(each, len(decoder.adapters), device)
+        self.borders = [0]
+        for span in spans:
+            self.borders.append(self.borders[-1] + span.new)
+        self.fresh = not any(span.past for span in spans) and len(where) > len(spans)
+
+    def attend(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
+        """[T, (H + 2 K) C] -> [T, H C]; `qkv` is overwritten."""
+        H, K, C = self.heads
+        if qkv.is_cuda and self.fresh and qkv.dtype != torch.float32:  # one launch, which also rotates in place
+            documents = Documents.of(self.cos, self.sin, self.borders)
+            out = attention(qkv, documents, self.heads, self.scale)
+            _, k, v = qkv.view(-1, H + 2 * K, C).split((H, K, K), 1)
+            self._append(cache, layer, k, v)
+            return out
+        q, k, v = self._rotated(qkv.view(-1, H + 2 * K, C))
+        self._append(cache, layer, k, v)
+        parts = [
+            attend(q[start : start + span.new], *cache.rows(layer, span.blocks, span.past + span.new), self.scale)
+            for span, start in zip(self.spans, self.borders, strict=False)
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(len(qkv), -1)
+
+    def _append(self, cache: Cache, layer: int, k: Tensor, v: Tensor) -> None:
+        cache.k[layer].flatten(0, 1).index_copy_(0, self.where, k)
+        cache.v[layer].flatten(0, 1).index_copy_(0, self.where, v)
+
+    def _rotated(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        H, K, C = self.heads
+        q, k, v = qkv.split((H, K, K), 1)
+        if qkv.is_cuda:
+            rope_(q, k, self.cos, self.sin)
+            return q, k, v
+        turned = qkv[:, : H + K]
+        turned = torch.addcmul(turned * self.cos[:, None], turned.roll(C // 2, -1), self.signed[:, None])
+        q, k = turned.split((H, K), 1)
+        return q, k, v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The last n of T tokens see themselves and what stands before: q [n, H, C], k, v [T, K, C] -> [n, H, C]."""
+    (n, H, C), (T, K, _) = q.shape, k.shape
+    k, v = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    if n == 1:  # the queries of a group as rows of one product
+        return F.scaled_dot_product_attention(q.view(1, K, H // K, C), k, v, scale=scale).view(1, H, C)
+    mask = None if n == T else torch.ones(n, T, dtype=torch.bool, device=q.device).tril_(T - n)
+    out = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=n == T, scale=scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1)
+
+
+def _norm(x: Tensor, norm: Any) -> Tensor:
+    return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _check(causal: Any) -> None:
+    config = causal.config
+    if config.model_type not in FAMILIES:
+        raise Unknown(f"{config.model_type} is not of the LLaMA family ({', '.join(FAMILIES)})")
+    if type(causal.model.embed_tokens) is not nn.Embedding or type(causal.lm_head) is not nn.Linear:
+        raise Unknown("its embedding or output head is trained or adapted")
+    if config.hidden_act != "silu":
+        raise Unknown(f"its activation is {config.hidden_act}, not silu")
+    window = getattr(config, "sliding_window", None)
+    if window and window < config.max_position_embeddings:
+        raise Unknown(f"its attention window ({window}) is shorter than its context")
+    if causal.model.rotary_emb.rope_type in MOVING_ROPE:
+        raise Unknown(f"its rotary embedding ({causal.model.rotary_emb.rope_type}) changes with the length")
+    if len({parameter.device for parameter in causal.parameters()}) > 1:
+        raise Unknown("it is spread over several devices")

@@ -1,0 +1,204 @@
+"""The engine against Transformers' own generate and forward pass, on a toy model in float32."""
+
+import random
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from medlora.errors import ModelError
+from medlora.generate.cache import Cache
+from medlora.generate.decoder import Decoder, Pass, Span
+from medlora.generate.engine import Engine, Request, Token
+from medlora.generate.sampling import Sampling
+from medlora.generate.weights import Half, Unknown
+
+ADAPTERS = (None, "all", "some")
+
+
+@pytest.fixture(scope="module")
+def engine(toy_model: Any) -> Engine:
+    return Engine(toy_model, rows=8)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return random.Random(seed).choices(range(3, 300), k=length)
+
+
+def chosen(model: Any, adapter: str | None) -> Any:
+    if adapter is None:
+        return model.disable_adapter()
+    model.set_adapter(adapter)
+    return nullcontext()
+
+
+def ids_of(tokens: Sequence[Token]) -> list[int]:
+    return [token.id for token in tokens]
+
+
+def theirs(model: Any, ids: list[int], adapter: str | None, tokens: int, **options: Any) -> list[int]:
+    with chosen(model, adapter), torch.inference_mode():
+        out = model.generate(
+            input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=tokens,
+            do_sample=False, use_cache=True, **options,
+        )  # fmt: skip
+    return list(out[0, len(ids) :].tolist())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_greedy_tokens_are_those_of_transformers(toy_model: Any, engine: Engine, adapter: str, length: int) -> None:
+    ids = prompt(length, length)
+    request = Request(ids, Sampling(max_new_tokens=40), adapter, frozenset({2}))
+    ours = ids_of(engine.generate([request])[0])
+    assert ours == theirs(toy_model, ids, adapter, 40)
+    assert ids_of(engine.generate([request])[0]) == ours  # now with the prompt's blocks from the cache
+
+
+def test_a_penalty_is_that_of_transformers(toy_model: Any, engine: Engine) -> None:
+    ids, settings = prompt(1, 30), Sampling(max_new_tokens=40, repetition_penalty=1.3)
+    plain = theirs(toy_model, ids, "all", 40)
+    target = theirs(toy_model, ids, "all", 40, repetition_penalty=1.3)
+    assert ids_of(engine.generate([Request(ids, settings, "all", frozenset({2}))])[0]) == target != plain
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_logits_agree_at_every_position_in_prefill_and_in_decode(toy_model: Any, adapter: str | None) -> None:
+    decoder = Decoder(toy_model)
+    decoder.refresh()
+    cache = Cache(2, decoder.heads[1:], decoder.dtype, decoder.device, 2**24)
+    ids, slot = prompt(5, 150), -1 if adapter is None else decoder.adapters.index(adapter)
+    held = cache.take(ids, len(ids), slot)
+    assert held
+    with torch.inference_mode():
+        found = []
+        for start, stop in ((0, 70), (70, 140), *((i, i + 1) for i in range(140, 150))):
+            span = Span(held.blocks, start, stop - start)
+            found.append(decoder.head(decoder(torch.tensor(ids[start:stop]), Pass(decoder, [span], [slot]), cache)))
+        with chosen(toy_model, adapter):
+            target = toy_model(input_ids=torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(torch.cat(found), target, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hundred_mixed_prompts_give_each_what_it_gets_alone(engine: Engine) -> None:
+    rng = random.Random(0)
+    shared = prompt(99, 130)
+    requests = []
+    for i in range(100):
+        ids = (shared if i % 3 == 0 else []) + prompt(i, rng.randint(1, 90))
+        settings = Sampling(
+            max_new_tokens=rng.randint(1, 30), temperature=rng.choice([0.0, 0.0, 0.8]), top_k=rng.choice([None, 20]),
+            top_p=rng.choice([1.0, 0.9]), repetition_penalty=rng.choice([1.0, 1.2]), seed=i,
+        )  # fmt: skip
+        requests.append(Request(ids, settings, rng.choice(ADAPTERS), frozenset({2})))
+    together = engine.generate(requests)
+    engine.cache.forget()
+    alone = [engine.generate([request])[0] for request in requests]
+    assert [ids_of(tokens) for tokens in together] == [ids_of(tokens) for tokens in alone]
+    assert all(tokens[-1].last and not any(token.last for token in tokens[:-1]) for tokens in together)
+
+
+def test_rows_that_end_make_room_and_every_block_comes_back(toy_model: Any) -> None:
+    whole = Engine(toy_model, rows=3)
+    small = Engine(toy_model, rows=3, cache_bytes=7 * 2 * 2 * 64 * 2 * 8 * 4)  # six blocks and the idle one
+    requests = [Request(prompt(i, 100), Sampling(max_new_tokens=20)) for i in range(7)]
+    assert [ids_of(t) for t in small.generate(requests)] == [ids_of(t) for t in whole.generate(requests)]
+    assert len(small.cache.users) <= small.cache.limit == 7
+    assert not any(small.cache.users)
+    assert sorted([*small.cache.free, *small.cache.idle]) == list(range(1, len(small.cache.users)))
+
+
+def test_a_shared_prefix_is_computed_once(toy_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, passed = Engine(toy_model), list[int]()
+    call = Decoder.__call__
+
+    def counting(self: Decoder, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passed.append(len(tokens))
+        return call(self, tokens, *rest)
+
+    monkeypatch.setattr(Decoder, "__call__", counting)
+    shared = prompt(7, 128)
+    requests = [Request(shared + prompt(i, 10), Sampling(max_new_tokens=1), "all") for i in range(20)]
+    engine.generate(requests)
+    assert passed == [128 + 20 * 10]
+    engine.generate([Request(shared + prompt(50, 10), Sampling(max_new_tokens=1))])
+    assert passed[1:] == [138], "the untuned model must not read the adapter's keys"
+
+
+def test_training_an_adapter_further_is_noticed(toy_model: Any, engine: Engine) -> None:
+    ids = prompt(4, 80)
+    weight = next(p for n, p in toy_model.named_parameters() if "lora_B.all" in n)
+    before = weight.detach().clone()
+    request = Request(ids, Sampling(max_new_tokens=20), "all", frozenset({2}))
+    engine.generate([request])
+    try:
+        with torch.no_grad():
+            weight.add_(1.0)
+        assert ids_of(engine.generate([request])[0]) == theirs(toy_model, ids, "all", 20)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+def test_log_probabilities_are_those_of_the_model(toy_model: Any, engine: Engine) -> None:
+    ids = prompt(8, 20)
+    tokens = engine.generate([
+        Request(ids, Sampling(max_new_tokens=5, temperature=1.0, top_k=3, seed=1, logprobs=4)),
+        Request(prompt(9, 20), Sampling(max_new_tokens=5)),
+    ])  # fmt: skip
+    assert tokens[1][0].logprob is None and not tokens[1][0].top
+    with toy_model.disable_adapter(), torch.inference_mode():
+        logits = toy_model(input_ids=torch.tensor([ids + ids_of(tokens[0])])).logits[0, len(ids) - 1 : -1]
+    target = logits.log_softmax(-1)
+    values, likeliest = target.topk(4)
+    for i, token in enumerate(tokens[0]):
+        assert token.logprob == pytest.approx(float(target[i, token.id]), abs=1e-4)
+        assert [j for j, _ in token.top] == likeliest[i].tolist()
+        assert [p for _, p in token.top] == pytest.approx(values[i].tolist(), abs=1e-4)
+
+
+def test_an_answer_left_early_leaves_nothing_behind(toy_model: Any) -> None:
+    engine = Engine(toy_model)
+    stream = engine.stream([Request(prompt(1, 70), Sampling(max_new_tokens=50))])
+    next(stream)
+    stream.close()
+    assert not any(engine.cache.users)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([]), "leaves no answer"),
+        (Request(prompt(1, 512)), "leaves no answer within 512"),
+        (Request([5], adapter="none such"), "there is all, some"),
+        (Request(prompt(1, 200), Sampling(max_new_tokens=200)), "do not fit the memory"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(toy_model: Any, request_: Request, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        Engine(toy_model, cache_bytes=5 * 2 * 2 * 64 * 2 * 8 * 4).generate([request_])
+
+
+def test_models_that_it_does_not_know_are_refused_with_the_reason() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with pytest.raises(Unknown, match="gpt2 is not of the LLaMA family"):
+        Engine(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=1, vocab_size=9)))
+    with pytest.raises(Unknown, match="gelu"):
+        Engine(LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_act="gelu", **small)))
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="this CPU has no FBGEMM")
+def test_half_precision_holds_only_what_it_can() -> None:
+    from medlora.generate.weights import weight_of
+
+    linear = torch.nn.Linear(96, 40, bias=True)
+    assert not isinstance(weight_of([linear], torch.float32), Half)
+    linear.weight.data = linear.weight.data.bfloat16().float()
+    x = torch.randn(3, 96)
+    packed = weight_of([linear], torch.float32)
+    assert isinstance(packed, Half)
+    torch.testing.assert_close(packed(x), linear(x).detach(), rtol=1e-5, atol=1e-5)
