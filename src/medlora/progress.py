@@ -18,6 +18,13 @@ class Bar:
         self._title, self._total, self._live = title, total, live
         self._done, self._started, self._printed = 0, time.monotonic(), time.monotonic()
         self._task = live.add_task(title, total=total, note="") if live else None
+        self._skipped = 0
+
+    def skip(self, steps: int) -> None:
+        """Start at this step: what came before says nothing about the time left."""
+        self._done = self._skipped = steps
+        if self._live and self._task is not None:
+            self._live.reset(self._task, completed=steps, note="")
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._done += steps
@@ -25,7 +32,8 @@ class Bar:
             self._live.update(self._task, completed=self._done, note=note)
         elif time.monotonic() - self._printed >= LINE_EVERY or self._done == self._total:
             self._printed = time.monotonic()
-            left = (self._printed - self._started) / max(self._done, 1) * (self._total - self._done)
+            each = (self._printed - self._started) / max(self._done - self._skipped, 1)
+            left = each * (self._total - self._done)
             console.print(f"{self._title} {self._done}/{self._total}  {note}  {left:.0f} s left")
 
 
