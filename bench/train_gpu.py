@@ -1,7 +1,8 @@
-"""Training on a GPU: medlora beside TRL and TRL with Liger kernels, in one call.
+"""Training on a GPU: medlora beside TRL, TRL with Liger kernels, and Unsloth where it is installed, in one call.
 
     python bench/train_gpu.py --data train.jsonl.gz --tokenizer FOLDER [--model FOLDER] [--out result.json]
-    python bench/train_gpu.py --tiny        a rehearsal on a CPU
+    python bench/train_gpu.py ... --memory      the memory plan's predictions beside measured peaks
+    python bench/train_gpu.py --tiny            a rehearsal on a CPU; also with --memory
 
 Without --model the base has Llama-2-7B's exact shape and random weights, on which speed and memory do not
 depend. All sides take an NF4 base and LoRA r 64 in bfloat16 and the same rows in the same order; each runs
@@ -9,18 +10,22 @@ in a process of its own, one after the other, and all its settings there. `--dat
 answer a line.
 
     A  8 rows of 2048 tokens, all linear modules, no dropout
+    F  the same, the frozen products in FP8 (medlora alone)
     B  the same, activations recomputed
+    L  the same in as little memory as 14,000 tokens/s allow
     C  batch 2, accumulation 2, questions with their answers, dropout 0.1, q and v
     D  the same, all linear modules
+    Q  as C, in as little memory as 8,000 tokens/s allow
 
 Reported are medians over synchronised optimizer steps, the first third left out, of real (not padding)
-tokens a second and seconds, with the peak of allocated memory and the mean loss. C and D take three times
+tokens a second and seconds, with the peak of allocated memory and the mean loss. C, D and Q take three times
 `--steps`: theirs are short.
 """
 
 import argparse
 import gzip
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -35,9 +40,11 @@ from typing import Any
 
 import torch
 
-SIDES = ("medlora", "trl", "liger")
+SIDES = ("medlora", "trl", "liger", "unsloth")
+NEEDS = {"liger": "liger_kernel", "unsloth": "unsloth"}
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FULL = 2048
+GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +56,28 @@ class Setting:
     recompute: bool = False
     full_rows: bool = False
     """Every row of exactly `FULL` tokens, text run together."""
+    fp8: bool = False
+    memory: float | None = None
+    """GiB that medlora plans for; peers then recompute, and all take double quantisation and 8-bit moments."""
 
 
 SETTINGS = {
     "A": Setting(batch=8, full_rows=True),
+    "F": Setting(batch=8, full_rows=True, fp8=True),
     "B": Setting(batch=8, full_rows=True, recompute=True),
+    "L": Setting(batch=8, full_rows=True, memory=8.5),
     "C": Setting(batch=2, accumulation=2, dropout=0.1, targets=("q_proj", "v_proj")),
     "D": Setting(batch=2, accumulation=2, dropout=0.1),
+    "Q": Setting(batch=2, accumulation=2, dropout=0.1, targets=("q_proj", "v_proj"), memory=4.4),
 }
+# (rows, recompute, keep, optimizer) of setting A whose peaks --memory measures
+PLANS: tuple[tuple[int, Any, bool, Any], ...] = (
+    (1, "none", True, "adamw_torch_fused"), (1, "none", False, "adamw_torch_fused"),
+    (1, "selective", False, "adamw_torch_fused"), (1, "full", False, "adamw_torch_fused"),
+    (1, "offload", False, "adamw_torch_fused"), (2, "none", False, "adamw_torch_fused"),
+    (2, "selective", True, "adamw_torch_fused"), (2, "offload", False, "adamw_8bit"),
+    (4, "full", False, "adamw_8bit"), (8, "none", False, "paged_adamw_8bit"),
+)  # fmt: skip
 
 
 def build_base(folder: Path, tokenizer: Path | None, *, tiny: bool) -> None:
@@ -103,50 +124,76 @@ def examples(setting: Setting, data: Path | None, tokenizer: Any, wanted: int, f
     return [Example("", ids, [IGNORE, *ids[1:]]) for ids in rows[:wanted]]
 
 
-def ours(model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps: int, folder: Path) -> Any:
-    from medlora.model.adapter import add_lora
+def our_recipe(setting: Setting, rows: list[Any], steps: int, *more: str) -> Any:
     from medlora.recipe import load_recipe
-    from medlora.train.trainer import choose_engine, make_trainer
 
-    recipe = load_recipe("demo", [
+    return load_recipe("demo", [
         f"lora.target_modules={json.dumps(list(setting.targets))}", "lora.r=64", "lora.lora_alpha=16",
         f"lora.lora_dropout={setting.dropout}", f"data.max_length={max(len(row.input_ids) for row in rows)}",
         f"training.per_device_train_batch_size={setting.batch}", f"training.max_steps={steps}",
         f"training.gradient_accumulation_steps={setting.accumulation}", "training.warmup_steps=0",
-        f"training.gradient_checkpointing={str(setting.recompute).lower()}", "training.logging_steps=1",
-        "training.learning_rate=1e-4",
+        f"training.gradient_checkpointing={'true' if setting.recompute else 'auto'}", "training.logging_steps=1",
+        f"training.fp8={str(setting.fp8).lower()}", "training.learning_rate=1e-4",
+        f"training.max_memory={setting.memory or 'null'}", f"base.double_quant={str(bool(setting.memory)).lower()}",
+        f"training.optim={'auto' if setting.memory else 'adamw_torch_fused'}", *more,
     ])  # fmt: skip
+
+
+def our_engine(model: Any, recipe: Any, rows: list[Any]) -> Any:
+    """The engine; on a CPU that of a GPU, so that a rehearsal runs what is measured."""
+    from medlora.model.plan import Shape, Work, plans
+    from medlora.train.trainer import Engine, choose_engine
+
+    if torch.cuda.is_available():
+        return choose_engine(model, recipe, rows)
+    found = plans(Shape.of(model.config), Work.of(recipe, rows))
+    return Engine(True, "a rehearsal", tuple(found), recipe.training.fp8, 10**12)
+
+
+def ours(model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps: int, folder: Path) -> Any:
+    from medlora.model.adapter import add_lora
+    from medlora.train.trainer import make_trainer
+
+    recipe = our_recipe(setting, rows, steps)
     model = add_lora(model, recipe.lora, 42).train()
-    engine = choose_engine(model, recipe)
-    print(engine.why, file=sys.stderr)
+    engine = our_engine(model, recipe, rows)
+    print(engine.why, engine.plan.describe(engine.capacity) if engine.plan else "", file=sys.stderr)
     return make_trainer(recipe, model, tokenizer, rows, engine, folder, [])
 
 
-def theirs(model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps: int, folder: Path, liger: bool) -> Any:
+def theirs(model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps: int, folder: Path, side: str) -> Any:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
     from medlora.data.build import to_dataset
 
+    recompute = setting.recompute or setting.memory is not None
     lora = LoraConfig(
         r=64, lora_alpha=16, lora_dropout=setting.dropout, target_modules=list(setting.targets),
         use_rslora=True, task_type="CAUSAL_LM",
     )  # fmt: skip
     arguments = SFTConfig(
         output_dir=str(folder), per_device_train_batch_size=setting.batch, max_steps=steps,
-        gradient_accumulation_steps=setting.accumulation, gradient_checkpointing=setting.recompute,
+        gradient_accumulation_steps=setting.accumulation, gradient_checkpointing=recompute and side != "unsloth",
         gradient_checkpointing_kwargs={"use_reentrant": False}, learning_rate=1e-4, logging_steps=1, seed=42,
-        bf16=True, use_cpu=not torch.cuda.is_available(), use_liger_kernel=liger, report_to=[],
+        bf16=True, use_cpu=not torch.cuda.is_available(), use_liger_kernel=side == "liger", report_to=[],
         disable_tqdm=True, save_strategy="no", max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
-        optim="adamw_torch_fused", lr_scheduler_type="cosine",
+        optim="adamw_8bit" if setting.memory else "adamw_torch_fused", lr_scheduler_type="cosine",
     )  # fmt: skip
     tokenizer.pad_token = tokenizer.eos_token
+    if side == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model = FastLanguageModel.get_peft_model(
+            model, r=64, lora_alpha=16, lora_dropout=setting.dropout, target_modules=list(setting.targets),
+            use_rslora=True, use_gradient_checkpointing="unsloth" if recompute else False, random_state=42,
+        )  # fmt: skip
     return SFTTrainer(
         model=model,
         args=arguments,
         train_dataset=to_dataset(rows),
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=None if side == "unsloth" else lora,
     )
 
 
@@ -187,6 +234,17 @@ class Clock:
             self.profiler = torch.profiler.profile()
 
 
+def peak() -> int:
+    """Bytes; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+
+def fresh() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -203,18 +261,17 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
     warm_up = steps // 3
     wanted = setting.batch * setting.accumulation * steps
     rows = examples(setting, arguments.data, tokenizer, wanted, full)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    fresh()
     with TemporaryDirectory() as folder:
         common = (model, tokenizer, rows, setting, steps, Path(folder))
-        trainer = ours(*common) if side == "medlora" else theirs(*common, liger=side == "liger")
+        trainer = ours(*common) if side == "medlora" else theirs(*common, side)
         clock = Clock(trainer, arguments.profile)
         with running(trainer) if side == "medlora" else nullcontext():
             trainer.train()
-    model.gradient_checkpointing_disable()
-    trainer.model.unload()
-    model.requires_grad_(False)
+    if side != "unsloth":
+        model.gradient_checkpointing_disable()
+        trainer.model.unload()
+        model.requires_grad_(False)
     rates = [count / seconds for count, seconds in zip(clock.tokens, clock.seconds, strict=True)][warm_up:]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -223,26 +280,79 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
         "fastest": max(rates),
         "step_seconds": statistics.median(clock.seconds[warm_up:]),
         "step_tokens": statistics.median(clock.tokens[warm_up:]),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
+        "peak_gib": peak() / GIB,
         "loss": statistics.mean(losses),
     }
+
+
+def measure_memory(model: Any, tokenizer: Any, arguments: Any) -> dict[str, Any]:
+    """Two steps of setting A by each of PLANS; {what: predicted and measured GiB}."""
+    from medlora.model.adapter import add_lora
+    from medlora.model.plan import Shape, Work, predict
+    from medlora.train.trainer import Engine, make_trainer, running
+
+    setting, full = SETTINGS["A"], 64 if arguments.tiny else FULL
+    rows = examples(setting, arguments.data, tokenizer, 2 * setting.batch, full)
+    found: dict[str, Any] = {}
+    for cut, recompute, keep, optim in PLANS:
+        fresh()
+        optim = optim if torch.cuda.is_available() else "adamw_torch_fused"
+        recipe = our_recipe(setting, rows, 2, f"training.optim={optim}")
+        adapted = add_lora(model, recipe.lora, 42).train()
+        plan = predict(Shape.of(model.config), Work.of(recipe, rows), cut, recompute, keep, optim)
+        began = time.perf_counter()
+        with TemporaryDirectory() as folder:
+            trainer = make_trainer(recipe, adapted, tokenizer, rows, Engine(True, "", (plan,)), Path(folder), [])
+            with running(trainer):
+                trainer.train()
+        adapted.unload()
+        model.requires_grad_(False)
+        key = f"{cut} rows, {recompute}, {'kept' if keep else 'not kept'}, {optim}"
+        found[key] = {"predicted": plan.peak_bytes / GIB, "measured": peak() / GIB}
+        print(key, found[key], f"{time.perf_counter() - began:.1f} s", file=sys.stderr)
+        del trainer, adapted
+    return found
+
+
+def load(side: str, path: Path, *, double: bool) -> Any:
+    from medlora.model.base import resolve
+    from medlora.model.load import load_model
+    from medlora.recipe import Base
+
+    if side == "unsloth":
+        from unsloth import FastLanguageModel
+
+        return FastLanguageModel.from_pretrained(
+            str(path), max_seq_length=FULL, dtype=torch.bfloat16, load_in_4bit=True
+        )[0]
+    base = Base(model=str(path), double_quant=double)
+    return load_model(resolve(base), base)
 
 
 def run_side(arguments: Any) -> dict[str, Any]:
     """All settings of one side in this process; a setting that fails is reported and left out."""
     from transformers import AutoTokenizer
 
-    from medlora.model.base import resolve
-    from medlora.model.load import load_model
-    from medlora.recipe import Base
-
-    base = Base(model=str(arguments.model))
-    model = load_model(resolve(base), base)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     results: dict[str, Any] = {}
+    model, loaded = None, None
     for name in arguments.settings:
+        setting = SETTINGS[name]
+        if setting.fp8 and arguments.side != "medlora":
+            continue
+        double = setting.memory is not None
+        if loaded is None or loaded != double or arguments.side == "unsloth":
+            model = None
+            fresh()
+            began = time.perf_counter()
+            model, loaded = load(arguments.side, arguments.model, double=double), double
+            synchronize()
+            host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(f"loaded in {time.perf_counter() - began:.1f} s, host peak {host:.1f} GiB", file=sys.stderr)
+        if arguments.memory:
+            return measure_memory(model, tokenizer, arguments)
         try:
-            results[name] = measure(arguments.side, SETTINGS[name], model, tokenizer, arguments)
+            results[name] = measure(arguments.side, setting, model, tokenizer, arguments)
         except torch.OutOfMemoryError:
             results[name] = {"error": "out of memory"}
         print(name, results[name], file=sys.stderr)
@@ -254,7 +364,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="jsonl.gz with question and answer")
     parser.add_argument("--model", type=Path, help="a base's folder, tokenizer included")
     parser.add_argument("--tokenizer", type=Path, help="where no --model is given")
-    parser.add_argument("--settings", default="ABCD")
+    parser.add_argument("--settings", default="AFBLCDQ")
+    parser.add_argument("--memory", action="store_true", help="predicted and measured peaks of setting A")
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--profile", action="store_true", help="print the kernels of the last step")
@@ -266,14 +377,17 @@ def main() -> None:
         from medlora.privacy import quiet
 
         quiet()
+        if arguments.side == "unsloth":
+            import unsloth  # noqa: F401  before transformers, which it rewrites
         print(json.dumps(run_side(arguments)))
         return
     with TemporaryDirectory(dir=_fast_folder()) as folder:
         if not arguments.model:
             build_base(Path(folder), arguments.tokenizer, tiny=arguments.tiny)
-        sides = [side for side in arguments.sides.split(",") if side != "liger" or find_spec("liger_kernel")]
+        sides = [side for side in arguments.sides.split(",") if side not in NEEDS or find_spec(NEEDS[side])]
+        sides = ["medlora"] if arguments.memory else sides
         found = {side: _run(side, arguments.model or Path(folder), arguments) for side in sides}
-    report(found)
+    report_memory(found["medlora"]) if arguments.memory else report(found)
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=2) + "\n")
 
@@ -296,11 +410,22 @@ def report(found: dict[str, dict[str, Any]]) -> None:
                       f"{row['step_tokens']:13.0f}{row['peak_gib']:7.1f}{row['loss']:9.4f}")  # fmt: skip
 
 
+def report_memory(found: dict[str, Any]) -> None:
+    print(f"{'setting A by':48}{'predicted':>11}{'measured':>10}{'off by':>8}")
+    for what, row in found.items():
+        if "error" in row:
+            print(f"{what:48}{row['error']:>21}")
+            continue
+        off = f"{row['predicted'] / row['measured'] - 1:8.1%}" if row["measured"] else "  no GPU"
+        print(f"{what:48}{row['predicted']:11.2f}{row['measured']:10.2f}{off}")
+
+
 def _run(side: str, model: Path, arguments: Any) -> dict[str, Any]:
     command = [sys.executable, __file__, "--side", side, "--model", str(model)]
     command += ["--settings", arguments.settings]
+    flags = {"--tiny": arguments.tiny, "--profile": arguments.profile, "--memory": arguments.memory}
     command += ["--steps", str(arguments.steps), *(["--data", str(arguments.data)] if arguments.data else [])]
-    command += [flag for flag, on in (("--tiny", arguments.tiny), ("--profile", arguments.profile)) if on]
+    command += [flag for flag, on in flags.items() if on]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return {name: {"error": f"exit status {done.returncode}"} for name in arguments.settings}

@@ -67,6 +67,13 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     assert least.peak_bytes == min(plan.peak_bytes for plan in found) and "may not fit" in least.describe(GIB)
 
 
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=lambda shape: shape.name)
+def test_nothing_is_recomputed_where_memory_is_plenty(shape: Shape) -> None:
+    for tokens in (64, 2048, 16384):
+        plan = choose(plans(shape, work(tokens=tokens, longest=tokens)), 140 * GIB)
+        assert (plan.rows, plan.recompute, plan.keep) == (1, "none", True)
+
+
 def test_the_recipe_has_the_last_word() -> None:
     assert {p.recompute for p in plans(LLAMA, work("training.gradient_checkpointing=false"))} == {"none"}
     asked = plans(LLAMA, work("training.gradient_checkpointing=true"))

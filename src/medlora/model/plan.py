@@ -23,7 +23,7 @@ GIB = 2**30
 CHUNK = 1024  # rows of logits at once
 SLACK = 1.04  # what the allocator holds beyond what it has given out
 FLOPS, BANDWIDTH = 6.5e14, 3.4e12  # of products, and bytes a second
-HOST, ROW = 0.1, 0.01  # seconds that the host spends on a row at least, and that a further row costs at least
+HOST, ROW = 0.1, 0.01  # seconds that the host spends on a row, and that a further row costs at least
 STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
 """Bytes of optimizer state a weight on the device."""
 OPTIM_SECONDS = {"adamw_torch": 0.02, "adamw_8bit": 0.01, "paged_adamw_32bit": 0.1, "paged_adamw_8bit": 0.05}
@@ -213,7 +213,8 @@ def _seconds(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bo
     products = work.tokens * forward * (2 + again) / rate * (1.02 if recompute == "offload" else 1)
     bytes_a_weight = 6 if work.recipe.training.fp8 else 2.5
     dequantised = 0.0 if keep else rows * (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
-    return max(products + dequantised, rows * HOST) + rows * ROW + OPTIM_SECONDS.get(optim, 0.0)
+    host = rows * HOST * (1 + 0.5 * (recompute != "none") + 0.1 * (not keep))
+    return max(products + dequantised, host) + rows * ROW + OPTIM_SECONDS.get(optim, 0.0)
 
 
 def plans(shape: Shape, work: Work) -> list[Plan]:
