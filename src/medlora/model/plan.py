@@ -199,10 +199,12 @@ def _layer_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
 
 
 def _work_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
-    """Bytes a token that the widest backward product has at work: SwiGLU's output and the gradients of it, of gate
-    and up, and of the sum."""
-    F = shape.intermediate * (4 if work.recipe.lora.lora_dropout else 3)
-    return work.width * (F + 2 * shape.hidden + (2 * shape.intermediate if recompute == "selective" else 0))
+    """Bytes a token that the widest backward product has at work: the gradient of SwiGLU's output, once more before
+    dropout, that of the sum, and what is made again."""
+    lora = work.recipe.lora
+    twice = lora.lora_dropout > 0 and "down_proj" in shape.targets(lora.target_modules)
+    F = shape.intermediate * (1 + twice + 2 * (recompute == "selective"))
+    return work.width * (F + 2 * shape.hidden)
 
 
 def _seconds(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> float:
