@@ -24,6 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .rope import rope, rope_, rope_back
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+# For documents of one length, where it is a multiple of this; the first of them that can.
+DENSE_MULTIPLE = 256
+DENSE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Not cuDNN's: with torch's own choice of backend, which may be that one, rows of short documents gave NaN.
 SAFE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -78,6 +81,40 @@ class _FlashAttention(Function):
         return d_qkv, None, None, None
 
 
+class _Rotation(Function):
+    """q, k and v as views of `qkv`, which is overwritten by its rotation; their gradients go into one buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, row: Documents, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.row, ctx.heads = row, heads
+        q, k, v = _heads(qkv, heads)
+        rope_(q, k, row.cos, row.sin)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
+        d_qkv = dq.new_empty(len(dq), sum(t.shape[1] for t in (dq, dk, dv)) * dq.shape[2])
+        to_q, to_k, to_v = _heads(d_qkv, ctx.heads)
+        rope_back(dq, dk, to_q, to_k, ctx.row.cos, ctx.row.sin)
+        to_v.copy_(dv)
+        return d_qkv, None, None
+
+
+def _dense_attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
+    """Documents of one length as a batch [B, heads, L, C]."""
+    q, k, v = (t.unflatten(0, (-1, row.longest)).transpose(1, 2) for t in _Rotation.apply(qkv, row, heads))
+    with sdpa_kernel(DENSE, set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=heads[0] != heads[1])
+    return out.transpose(1, 2).reshape(len(qkv), -1)
+
+
+def _is_dense(qkv: Tensor, row: Documents) -> bool:
+    """Whether a Hopper card takes the row as a batch of documents of one length."""
+    alike = all(stop - start == row.longest for start, stop in pairwise(row.borders))
+    fit = alike and row.longest % DENSE_MULTIPLE == 0 and row.longest > DENSE_MULTIPLE
+    return fit and torch.cuda.get_device_capability(qkv.device)[0] == 9
+
+
 def _heads(qkv: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Views q [T, H, C], k and v [T, K, C]."""
     H, K, C = heads
@@ -93,14 +130,16 @@ def _flash_takes(qkv: Tensor, head_size: int) -> bool:
 def attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
     """Rotary positions and causal attention inside documents: [T, (H + 2 K) C] -> [T, H C].
 
-    Through the flash kernel of torch.nn.attention.varlen where dtype, head size and device allow, else
-    document by document through scaled_dot_product_attention. The first overwrites `qkv`.
+    Through the flash kernel of torch.nn.attention.varlen where dtype, head size and device allow, or as a dense
+    batch; else document by document through scaled_dot_product_attention. The first two overwrite `qkv`.
 
     Args:
         heads: (H, K, C).
         scale: factor of the scores, usually C ** -0.5.
     """
     if _flash_takes(qkv, heads[2]):
+        if _is_dense(qkv, row):
+            return _dense_attention(qkv, row, heads, scale)
         out: Tensor = _FlashAttention.apply(qkv, row, heads, scale)
         return out
     q, k, v = _heads(qkv, heads)

@@ -1,0 +1,74 @@
+"""Attention of packed rows, each way against softmax(q k') v written out, document by document."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from medlora.kernels import attention as module
+from medlora.kernels import reference
+from medlora.kernels.attention import Documents, attention
+
+
+def tables(T: int, C: int, borders: list[int], device: torch.device | str) -> Documents:
+    at = torch.cat([torch.arange(stop - start) for start, stop in pairwise(borders)]).float()
+    angles = torch.outer(at, 10000 ** -(torch.arange(C // 2) * 2 / C)).repeat(1, 2).to(device)
+    return Documents.of(angles.cos(), angles.sin(), borders)
+
+
+def written_out(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
+    H, K, C = heads
+    q, k, v = qkv.view(len(qkv), H + 2 * K, C).split((H, K, K), 1)
+    q, k = (reference.rotate(t, row.cos, row.sin) for t in (q, k))
+    k, v = (t.repeat_interleave(H // K, 1) for t in (k, v))
+    parts = []
+    for i, j in pairwise(row.borders):
+        scores = torch.einsum("qhc,khc->hqk", q[i:j], k[i:j]) * scale
+        future = torch.ones(j - i, j - i, device=q.device).triu(1).bool()
+        parts.append(torch.einsum("hqk,khc->qhc", scores.masked_fill(future, -torch.inf).softmax(-1), v[i:j]))
+    return torch.cat(parts).flatten(1)
+
+
+def both(way, borders: list[int], heads: tuple[int, int, int], dtype: torch.dtype, device: str):
+    """(ours, written out in float32), each as output and gradient."""
+    torch.manual_seed(0)
+    T, width = borders[-1], (heads[0] + 2 * heads[1]) * heads[2]
+    x = torch.randn(T, width, device=device).to(dtype)
+    grad = torch.randn(T, heads[0] * heads[2], device=device).to(dtype)
+    row = tables(T, heads[2], borders, device)
+    found = []
+    for function, kind in ((way, dtype), (written_out, torch.float32)):
+        leaf = x.to(kind).requires_grad_()
+        out = function(leaf * 1, row._replace(cos=row.cos.to(kind), sin=row.sin.to(kind)), heads, heads[2] ** -0.5)
+        out.backward(grad.to(kind))
+        found.append((out.detach().float(), leaf.grad.float()))
+    return found
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 16), (4, 2, 16)], ids=["heads", "grouped"])
+@pytest.mark.parametrize("borders", [[0, 24, 48, 72], [0, 33]], ids=["three", "one"])
+def test_a_dense_batch_is_the_documents_one_by_one(borders, heads):
+    (out, grad), (expected, expected_grad) = both(module._dense_attention, borders, heads, torch.float32, "cpu")
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("borders", [[0, 9, 48, 49], [0, 33]], ids=["three", "one"])
+def test_documents_of_any_length(borders):
+    (out, grad), (expected, expected_grad) = both(attention, borders, (4, 2, 16), torch.float32, "cpu")
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("heads", [(8, 8, 128), (8, 2, 64)], ids=["heads", "grouped"])
+@pytest.mark.parametrize(
+    "borders", [[0, 512, 1024], [0, 2048, 4096], [0, 768], [0, 100, 612, 700]], ids=["dense", "long", "one", "ragged"]
+)
+def test_on_a_gpu_the_kernels_give_the_same(borders, heads):
+    (out, grad), (expected, expected_grad) = both(attention, borders, heads, torch.bfloat16, "cuda")
+    assert out.isfinite().all() and grad.isfinite().all()
+    assert (out - expected).norm() < 0.01 * expected.norm()
+    assert (grad - expected_grad).norm() < 0.015 * expected_grad.norm()
