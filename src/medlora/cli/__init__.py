@@ -9,6 +9,7 @@ from medlora import __version__
 from medlora.cli.ask import ask, chat
 from medlora.cli.info import doctor, recipes
 from medlora.cli.options import fail
+from medlora.cli.report import compare, report
 from medlora.cli.train import train
 from medlora.errors import MedloraError
 
@@ -44,5 +45,5 @@ def cli() -> None:
     """
 
 
-for command in (train, ask, chat, recipes, doctor):
+for command in (train, ask, chat, report, compare, recipes, doctor):
     cli.add_command(command)
