@@ -1,6 +1,5 @@
 """What is installed, what this machine is, which model sizes it can train, and how a recipe would run on it."""
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +11,7 @@ from medlora.errors import RecipeError
 from medlora.model.base import load_config
 from medlora.model.load import compute_dtype, device
 from medlora.model.packed import FAMILIES
-from medlora.model.plan import Shape, Work, choose, plans, table
+from medlora.model.plan import Shape, Work, capacity_of, choose, plans, table
 from medlora.recipe import Base, Recipe
 from medlora.train.manifest import versions
 
@@ -59,7 +58,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         )
     width = compute_dtype(recipe.base, on).itemsize
     work = Work.of(recipe, prepared.corpus.train, width=width, on_gpu=on.type == "cuda")
-    capacity = int(min(free_bytes(on), (recipe.training.max_memory or math.inf) * 2**30))
+    capacity = capacity_of(recipe, free_bytes(on))
     chosen = choose(plans(Shape.of(config), work), capacity)
     return {"recipe": recipe.name, "line": chosen.describe(capacity), "capacity_bytes": capacity} | asdict(chosen)
 

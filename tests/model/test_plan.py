@@ -60,6 +60,7 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     assert [plan.seconds for plan in found] == sorted(plan.seconds for plan in found)
     chosen = [choose(found, int(gib * GIB)) for gib in (140, 70, 40, 20, 10)]
     assert [(plan.rows, plan.recompute, plan.keep) for plan in chosen[:2]] == [(1, "none", True), (1, "none", False)]
+    assert choose(found, int(50 * GIB)).row_tokens > 16384 / 2 and choose(found, 140 * GIB).row_tokens == 16384
     for plan, gib in zip(chosen, (140, 70, 40, 20, 10), strict=True):
         assert plan.fits(gib * GIB)
         assert not any(p.fits(gib * GIB) and p.seconds < plan.seconds for p in found)
@@ -91,7 +92,9 @@ def test_falling_back_takes_less_each_time_and_keeps_the_optimizer() -> None:
         chain.append(plan)
         plan = fall_back(found, plan)
     assert len(chain) > 4 and len({p.optim for p in chain}) == 1
-    assert all(after.peak_bytes < 0.9 * before.peak_bytes for before, after in pairwise(chain))
+    assert all(after.peak_bytes < before.peak_bytes for before, after in pairwise(chain))
+    assert chain[1].peak_bytes < 0.9 * chain[0].peak_bytes
+    assert chain[-1].peak_bytes == min(p.peak_bytes for p in found if p.optim == chain[0].optim)
 
 
 def test_the_largest_step_is_made_of_the_longest_rows() -> None:

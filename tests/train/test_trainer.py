@@ -1,6 +1,7 @@
 """The packed trainer by a memory plan: through the fused layers on a CPU, and out of memory in mid-step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from medlora.errors import ModelError, RecipeError
 from medlora.model.adapter import add_lora
 from medlora.model.load import load_model
+from medlora.model.packed import split
 from medlora.model.plan import Plan, Shape, Work, plans
 from medlora.recipe import load_recipe
 from medlora.train.run import prepare
@@ -72,9 +74,13 @@ def test_out_of_memory_down_to_more_rows(toy: Toy, tmp_path: Path, monkeypatch: 
     unbroken = losses(trainer_of(recipe, tmp_path, one_row))
     trainer = trainer_of(recipe, tmp_path, one_row)
     rows = next(p for p in trainer.engine.plans if p.rows == 4 and p.recompute == "offload")
+    rows = replace(rows, row_tokens=50)
     monkeypatch.setattr("medlora.train.trainer.fall_back", lambda *_: rows)
+    cut: list[int] = []
+    monkeypatch.setattr("medlora.train.trainer.split", lambda batch, n: (cut.append(n), split(batch, n))[1])
     runs_out(trainer, monkeypatch, {2})
     assert losses(trainer) == pytest.approx(unbroken, rel=1e-5)
+    assert cut[:2] == [1, 1] and all(n > 1 for n in cut[2:])
 
 
 def test_out_of_memory_at_the_smallest_plan_says_what_to_change(

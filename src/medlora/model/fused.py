@@ -13,7 +13,7 @@ What a layer keeps for its backward pass is a choice (`Recompute`), and none of 
     none       everything but SwiGLU's output: 4 D + q, k, v + attention's output + gate, up
     selective  the sums, q, k, v and attention's output; norms and the gate-up product are computed again
     full       its input alone; all but the last product is computed again (Chen et al. 2016, arXiv:1604.06174)
-    offload    the same, its input in pinned host memory, fetched a layer ahead
+    offload    the same, its input in pinned host memory, fetched a layer ahead; so is the embedding, unless tied
 
 Where a model holds something this file does not know, `Fused` raises `Unfusable` with the reason and the
 caller runs Transformers' layers instead.
@@ -67,6 +67,7 @@ class Fused:
 
     def __init__(self, causal: Any, keep: bool = False, recompute: Recompute = "none", fp8: bool = False) -> None:
         self.model, config, self.keep, self.fp8 = causal.model, causal.config, keep, fp8
+        self.head: Tensor = causal.lm_head.weight
         self.recompute: Recompute = recompute
         self.dtype: torch.dtype = self.model.embed_tokens.weight.dtype
         if type(self.model.embed_tokens) is not nn.Embedding:
@@ -78,11 +79,8 @@ class Fused:
         devices = {parameter.device for parameter in causal.parameters()}
         if len(devices) > 1:
             raise Unfusable("it is spread over several devices")
-        if (
-            fp8
-            and (device := devices.pop()).type == "cuda"
-            and torch.cuda.get_device_capability(device) < FP8_CAPABILITY
-        ):
+        (self.device,) = devices
+        if fp8 and self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < FP8_CAPABILITY:
             raise Unfusable("this GPU's compute capability is below 8.9")
         layer = self.model.layers[0]
         head_size = layer.self_attn.head_dim
@@ -103,7 +101,7 @@ class Fused:
     def _hold(self) -> None:
         every = [group for groups in self.groups for group in groups]
         needed = max(group.shape[0] * group.shape[1] for group in every)
-        self.scratch = torch.empty(needed, dtype=self.dtype, device=self.model.embed_tokens.weight.device)
+        self.scratch = torch.empty(needed, dtype=self.dtype, device=self.device)
         for group in every:
             if self.keep:
                 group.keep(self.scratch)
@@ -111,13 +109,21 @@ class Fused:
                 group.release()
         if self.keep:
             self.scratch = self.scratch[:0].clone()
+        self._place_embedding()
+
+    def _place_embedding(self, *, home: bool = False) -> None:
+        table = self.model.embed_tokens.weight
+        away = self.recompute == "offload" and table is not self.head and not home
+        table.data = table.data.to("cpu" if away else self.device)
 
     def change(self, keep: bool, recompute: Recompute) -> None:
         """Go on with other settings from the next row on."""
-        self.recompute = recompute
-        if keep != self.keep:
-            self.keep = keep
-            self._hold()
+        self.recompute, self.keep = recompute, keep
+        self._hold()
+
+    def close(self) -> None:
+        """Put back what was moved."""
+        self._place_embedding(home=True)
 
     def __call__(self, *, input_ids: Tensor, position_ids: Tensor, borders: list[int], **_: Any) -> SimpleNamespace:
         """`last_hidden_state` [1, T, D] after the final norm; input_ids and position_ids [1, T]."""
@@ -128,10 +134,18 @@ class Fused:
                 torch._foreach_copy_(self.copies, self.masters)
         T = input_ids.shape[1]
         more = -T % ROUND
-        x = F.embedding(F.pad(input_ids[0], (0, more)), self.model.embed_tokens.weight)
+        x = self._embed(F.pad(input_ids[0], (0, more)))
         row = self._row(x, F.pad(position_ids, (0, more)), [*borders, T + more] if more else borders)
         x, residual = self._layers(x, row)
         return SimpleNamespace(last_hidden_state=_norm(x, residual, self.model.norm)[0][None, :T])
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        table = self.model.embed_tokens.weight
+        if table.device == self.device:
+            return F.embedding(ids, table)
+        x = torch.empty(len(ids), table.shape[1], dtype=table.dtype, pin_memory=True)
+        torch.index_select(table, 0, ids.cpu(), out=x)
+        return x.to(self.device, non_blocking=True)
 
     def _row(self, x: Tensor, position_ids: Tensor, borders: list[int]) -> Row:
         cos, sin = self.model.rotary_emb(x[None], position_ids)

@@ -136,6 +136,7 @@ def packing(
         yield fused
     finally:
         del decoder.forward
+        fused.close()
 
 
 @contextmanager

@@ -11,8 +11,9 @@ of one that has nothing left to free (`offload`), at its end. What is predicted 
 out. Seconds rank the settings and promise nothing: products at an H200's rate, dequantisation at its bandwidth.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from medlora.data.prompts import Example
@@ -128,13 +129,16 @@ class Plan:
     """One setting, with what it is predicted to take."""
 
     rows: int
-    """Rows that a step is cut into."""
+    """Rows that the largest step is cut into."""
     row_tokens: int
+    """Tokens that a row may have; a step is cut into as few as that allows."""
     recompute: Recompute
     keep: bool
     """The base is also kept dequantised."""
     optim: str
     peak_bytes: int
+    token_bytes: float
+    """What one more token a row adds to the peak."""
     seconds: float
 
     def describe(self, capacity: int) -> str:
@@ -145,18 +149,27 @@ class Plan:
         return line if self.fits(capacity) else f"{line}, which may not fit"
 
     def fits(self, capacity: int) -> bool:
-        return self.peak_bytes * SLACK <= capacity
+        return self.peak_bytes <= capacity
+
+    def grown(self, capacity: int, tokens: int) -> "Plan":
+        """With rows as long as `capacity` bytes allow, up to `tokens`: steps smaller than the largest take fewer."""
+        more = int((capacity - self.peak_bytes) / self.token_bytes) // ROUND * ROUND
+        more = max(0, min(more, tokens - self.row_tokens))
+        peak = self.peak_bytes + int(more * self.token_bytes)
+        return replace(self, row_tokens=self.row_tokens + more, peak_bytes=peak)
 
 
 def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> Plan:
     """The plan of one setting."""
     cut = max(work.longest, -(-work.tokens // rows))
     tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
-    peak = base_bytes(shape, work, keep) + _step_bytes(shape, work, tokens, recompute, optim)
-    return Plan(rows, tokens, recompute, keep, optim, int(peak), _seconds(shape, work, rows, recompute, keep, optim))
+    fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
+    token = _token_bytes(shape, work, recompute)
+    seconds = _seconds(shape, work, rows, recompute, keep, optim)
+    return Plan(rows, tokens, recompute, keep, optim, int(fixed + tokens * token), token, seconds)
 
 
-def base_bytes(shape: Shape, work: Work, keep: bool) -> float:
+def base_bytes(shape: Shape, work: Work, recompute: Recompute, keep: bool) -> float:
     """Bytes of the frozen weights and of the buffer that they are dequantised into."""
     nf4 = work.recipe.base.quantization == "nf4" and work.on_gpu
     scales = (1 / 64 + 4 / 64 / 256) if work.recipe.base.double_quant else 4 / 64
@@ -164,20 +177,25 @@ def base_bytes(shape: Shape, work: Work, keep: bool) -> float:
     widest = 2 * shape.intermediate * shape.hidden
     fp8 = widest * (1 + work.width) if work.recipe.training.fp8 else 0  # codes and a transposed copy, on the way
     dequantised = work.width * shape.linear_weights if keep else work.width * widest + fp8
-    return linear + shape.head_weights * work.width + (dequantised if work.on_gpu else 0)
+    away = shape.vocab * shape.hidden * (recompute == "offload" and not shape.tied)
+    return linear + (shape.head_weights - away) * work.width + (dequantised if work.on_gpu else 0)
 
 
-def _step_bytes(shape: Shape, work: Work, tokens: int, recompute: Recompute, optim: str) -> float:
-    lora = work.recipe.lora
-    trained = shape.lora_weights(lora.r, lora.target_modules)
-    adapter = trained * (4 + STATE[optim] + (work.width if work.on_gpu else 0))
-    kept, late = shape.layers * _layer_bytes(shape, work, recompute), 0
+def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str) -> float:
+    """Bytes of what is trained and how, and of a chunk of logits."""
+    trained = shape.lora_weights(work.recipe.lora.r, work.recipe.lora.target_modules)
+    copies = work.width if work.on_gpu else 0
+    late = 4 if recompute == "offload" else 0  # at the end of a step, where its peak is, all gradients are there
+    return trained * (4 + STATE[optim] + copies + late) + work.width * CHUNK * shape.vocab
+
+
+def _token_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
+    kept = shape.layers * _layer_bytes(shape, work, recompute)
     if recompute in ("full", "offload"):
         kept += _layer_bytes(shape, work, "none")
-    if recompute == "offload":  # two inputs on the device at any time, and all gradients by the end
-        kept, late = kept + 2 * work.width * shape.hidden, 4 * trained
-    step = tokens * (kept + _work_bytes(shape, work, recompute))
-    return float(adapter + late + step + work.width * CHUNK * shape.vocab)
+    if recompute == "offload":  # two inputs are on the device at any time
+        kept += 2 * work.width * shape.hidden
+    return kept + _work_bytes(shape, work, recompute)
 
 
 def _layer_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
@@ -245,15 +263,26 @@ def _optims(work: Work) -> tuple[str, ...]:
 
 
 def choose(found: Sequence[Plan], capacity: int) -> Plan:
-    """The fastest plan that fits `capacity` bytes; where none does, the smallest."""
+    """The fastest plan that fits `capacity` bytes, its rows as long as they may be; where none does, the smallest."""
     fitting = [plan for plan in found if plan.fits(capacity)]
-    return fitting[0] if fitting else min(found, key=lambda plan: plan.peak_bytes)
+    if not fitting:
+        return min(found, key=lambda plan: plan.peak_bytes)
+    return fitting[0].grown(capacity, max(plan.row_tokens for plan in found))
 
 
 def fall_back(found: Sequence[Plan], plan: Plan) -> Plan | None:
-    """The fastest plan with a tenth less memory than `plan` and its optimizer, or None: what to do out of memory."""
-    smaller = [p for p in found if p.optim == plan.optim and p.peak_bytes < 0.9 * plan.peak_bytes]
-    return smaller[0] if smaller else None
+    """What to do out of memory: of the plans with the same optimizer the fastest that takes a tenth less, else the
+    smallest if it takes less at all."""
+    same = [p for p in found if p.optim == plan.optim]
+    clearly = [p for p in same if p.peak_bytes < 0.9 * plan.peak_bytes]
+    smallest = min(same, key=lambda p: p.peak_bytes)
+    return clearly[0] if clearly else smallest if smallest.peak_bytes < plan.peak_bytes else None
+
+
+def capacity_of(recipe: Recipe, free: int) -> int:
+    """Bytes that a plan may take of `free` ones: less what the allocator holds beyond what it has given out, and no
+    more than the recipe allows."""
+    return int(min(free / SLACK, (recipe.training.max_memory or math.inf) * GIB))
 
 
 def table(capacity: int, *, width: int, on_gpu: bool) -> list[tuple[Shape, int, bool]]:

@@ -5,7 +5,6 @@ a CPU, and on a GPU as many as the memory plan says) and the loss is the token m
 mathematics. A step that runs out of memory is computed again by a smaller plan.
 """
 
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,7 @@ from medlora.errors import ModelError, RecipeError
 from medlora.model.fused import Fused
 from medlora.model.load import compute_dtype
 from medlora.model.packed import Batch, pack, packed_loss, packing, split, unfused, unsupported
-from medlora.model.plan import Plan, Shape, Work, choose, fall_back, plans
+from medlora.model.plan import Plan, Shape, Work, capacity_of, choose, fall_back, plans
 from medlora.recipe import Recipe
 
 
@@ -73,7 +72,7 @@ def _capacity(recipe: Recipe, device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return int(min(free, (recipe.training.max_memory or math.inf) * 2**30))
+    return capacity_of(recipe, free)
 
 
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -113,7 +112,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         losses, total = [], num_items_in_batch
         if total is None:
             total = inputs["labelled"] * self.current_gradient_accumulation_steps
-        for row in split(inputs, self.plan.rows if self.plan else 1):
+        for row in split(inputs, -(-inputs["borders"][-1] // self.plan.row_tokens) if self.plan else 1):
             loss = self.compute_loss(model, row, num_items_in_batch=total)
             self.accelerator.backward(loss)
             losses.append(loss.detach())
