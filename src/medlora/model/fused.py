@@ -163,6 +163,7 @@ class Fused:
             return x, residual
         hooks: AbstractContextManager[Any] = nullcontext()
         if self.recompute == "offload":
+            self.offload.start()
             hooks = saved_tensors_hooks(self.offload.pack, self.offload.unpack)
         with hooks:
             for index in range(len(self.groups)):

@@ -14,13 +14,18 @@ from torch import Tensor
 
 
 class Offload:
-    """`pack` and `unpack` of `torch.autograd.graph.saved_tensors_hooks`; keeps nothing between steps."""
+    """`pack` and `unpack` of `torch.autograd.graph.saved_tensors_hooks` for one row at a time."""
 
     def __init__(self) -> None:
         self.host: list[Tensor] = []
         self.back: dict[int, tuple[Tensor, Any]] = {}
         """Tensors on their way to the device, by their place in `host`, each with the event of its arrival."""
         self.stream: Any = None
+
+    def start(self) -> None:
+        """A new row: what a broken one may have left is forgotten."""
+        self.host.clear()
+        self.back.clear()
 
     def pack(self, x: Tensor) -> Tensor | tuple[int, torch.device]:
         """Send x away; anything but a row's activations [T, D] stays."""

@@ -23,6 +23,7 @@ from medlora.recipe import Recipe
 GIB = 2**30
 CHUNK = 1024  # rows of logits at once
 SLACK = 1.04  # what the allocator holds beyond what it has given out
+PROCESS = 0.7e9  # the interpreter and its libraries, which share a CPU's memory
 FLOPS, BANDWIDTH = 6.5e14, 3.4e12  # of products, and bytes a second
 HOST, ROW = 0.1, 0.01  # seconds that the host spends on a row, and that a further row costs at least
 STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
@@ -178,7 +179,7 @@ def base_bytes(shape: Shape, work: Work, recompute: Recompute, keep: bool) -> fl
     fp8 = widest * (1 + work.width) if work.recipe.training.fp8 else 0  # codes and a transposed copy, on the way
     dequantised = work.width * shape.linear_weights if keep else work.width * widest + fp8
     away = shape.vocab * shape.hidden * (recompute == "offload" and not shape.tied)
-    return linear + (shape.head_weights - away) * work.width + (dequantised if work.on_gpu else 0)
+    return linear + (shape.head_weights - away) * work.width + (dequantised if work.on_gpu else PROCESS)
 
 
 def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str) -> float:
