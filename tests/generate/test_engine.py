@@ -11,7 +11,8 @@ import torch
 from medlora.errors import ModelError
 from medlora.generate.cache import Cache
 from medlora.generate.decoder import Decoder, Pass, Span
-from medlora.generate.engine import Engine, Request, Token
+from medlora.generate.engine import Engine
+from medlora.generate.request import Request, Token
 from medlora.generate.sampling import Sampling
 from medlora.generate.weights import Half, Unknown
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from medlora.data.prompts import Tokenizer, prepare_tokenizer, prompt_ids
 from medlora.errors import ModelError
-from medlora.generate.engine import Engine, Request, Token, log_probabilities
-from medlora.generate.sampling import Sampler, Sampling
+from medlora.generate.engine import Engine
+from medlora.generate.request import Request, Token
+from medlora.generate.sampling import Sampler, Sampling, log_probabilities
 from medlora.generate.text import Text
 from medlora.generate.weights import Unknown
 from medlora.model.adapter import base_of, load_adapter

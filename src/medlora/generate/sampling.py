@@ -72,6 +72,11 @@ class Controls:
         self.top_k = column([s.top_k or float("inf") for s in settings])
         self.top_p = column([s.top_p for s in settings])
         self.min_p = column([s.min_p for s in settings])
+        self.settings = settings
+
+    def repeat(self, times: Sequence[int]) -> "Controls":
+        """Each row as often as `times` says."""
+        return Controls([s for s, n in zip(self.settings, times, strict=True) for _ in range(n)], self.draws.device)
 
 
 def penalise(scores: Tensor, seen: Tensor, controls: Controls) -> Tensor:
@@ -123,6 +128,13 @@ def choose(scores: Tensor, controls: Controls, uniform: Tensor | None) -> Tensor
     if controls.greedy or uniform is None:
         return likeliest
     return torch.where(controls.draws, draw(distribution(scores, controls), uniform), likeliest)
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor, likeliest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the chosen tokens [B], of the likeliest ones [B, n], and which those are [B, n]; logits [B, V] float32."""
+    every = logits.log_softmax(-1)
+    values, order = every.topk(likeliest)
+    return every.gather(1, tokens[:, None])[:, 0], values, order
 
 
 class Sampler:

@@ -1,0 +1,256 @@
+"""Continuous batching (Yu et al. 2022, Orca): rows wait, enter, take a token a step together, and leave.
+
+A row waits until the cache has room for its longest answer, enters in one pass over all new prompts, and leaves when it
+ends; a waiting row takes the place at once.
+
+On a GPU a step is launched before the tokens of the last one are read, so that the host's work hides behind the
+device's; a row that turns out to have ended leaves one token that nobody looks at. Where the host must see a token
+before the next step (constraints, drafts) and on a CPU, where nothing would hide, steps and reading alternate.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from medlora.errors import ModelError
+from medlora.generate.cache import Cache
+from medlora.generate.decoder import Decoder, Pass, Span
+from medlora.generate.request import Row, Token
+from medlora.generate.sampling import Controls, choose, log_probabilities, penalise
+from medlora.generate.speculative import Lookup, Pace
+
+CHUNK = 4096  # prompt tokens a pass
+DRAFTING = 4  # most rows that draft together: with more, the products are no longer bound by memory
+
+Step = Callable[[Tensor, Sequence[Span], Sequence[int]], Tensor]
+"""Tokens [T], spans and the spans' adapters -> logits [T, V] float32."""
+
+
+class Group(NamedTuple):
+    """The settings of a batch's rows on the device, made anew when its rows change."""
+
+    who: list[int]
+    controls: Controls
+    seats: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """Tokens on their way from the device: for each row one, and one for each token of its draft."""
+
+    rows: Sequence[Row]
+    drafts: Sequence[Sequence[int]]
+    tokens: Tensor
+    logprobs: tuple[Tensor, Tensor, Tensor] | None
+    began: float
+
+
+class Batch:
+    """The rows of one call.
+
+    Args:
+        step: a decode step of the engine.
+        seats: most rows at once.
+        draft: whether rows draft; None leaves it to the clock.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: Cache, step: Step, rows: Sequence[Row], seats: int, draft: bool | None
+    ) -> None:
+        self.decoder, self.cache, self.step = decoder, cache, step
+        self.device = decoder.device
+        self.waiting, self.running = deque(rows), list[Row]()
+        self.seats = list(range(seats))[::-1]
+        self.last = torch.zeros(seats, dtype=torch.int64, device=self.device)
+        self.seen: Tensor | None = None
+        self.group: Group | None = None
+        self.draft, self.pace = draft, Pace()
+        self.ahead = self.device.type == "cuda" and not draft and not any(row.request.constraint for row in rows)
+
+    def run(self) -> Iterator[Token]:
+        flight: Flight | None = None
+        try:
+            while self.waiting or self.running or flight:
+                flight, landed = self._advance(flight)
+                yield from landed
+        finally:
+            for row in self.running:
+                self.cache.give(row.held, ())
+
+    @torch.inference_mode()  # for a step only: it must not reach the caller
+    def _advance(self, flight: Flight | None) -> tuple[Flight | None, list[Token]]:
+        try:
+            following = self._launch() if flight is None or self.ahead else None
+            return following, self._land(flight) if flight else []
+        except BaseException:
+            self.cache.forget()  # blocks may be findable that no pass has filled
+            raise
+
+    def _launch(self) -> Flight | None:
+        began = time.monotonic()
+        rows = self._admit()
+        if rows:
+            return self._choose(rows, [()] * len(rows), self._prefill(rows), began)
+        rows = [row for row in self.running if row.launched < row.limit]
+        if not rows and not self.running:
+            raise ModelError("the memory for keys and values is taken by other calls; ask again when they have ended")
+        if not rows:
+            return None
+        drafts = self._drafts(rows)
+        return self._choose(rows, drafts, self._decode(rows, drafts), began)
+
+    def _admit(self) -> list[Row]:
+        admitted: list[Row] = []
+        while self.waiting and self.seats:
+            row = self.waiting[0]
+            held = self.cache.take(row.request.ids, len(row.request.ids) + row.limit, row.slot)
+            if held is None:
+                break
+            row.held, row.seat = held, self.seats.pop()
+            self.running.append(self.waiting.popleft())
+            admitted.append(row)
+        return admitted
+
+    def _prefill(self, rows: Sequence[Row]) -> Tensor:
+        """Logits [B, V] float32 after each prompt."""
+        last: list[Tensor] = []
+        for parts in _passes(rows):
+            ids = [i for row, span in parts for i in row.request.ids[span.past : span.past + span.new]]
+            this = Pass(self.decoder, [span for _, span in parts], [row.slot for row, _ in parts])
+            hidden = self.decoder(torch.tensor(ids).to(self.device), this, self.cache)
+            whole = [span.past + span.new == len(row.request.ids) for row, span in parts]
+            last.append(hidden[[end - 1 for end, done in zip(this.borders[1:], whole, strict=True) if done]])
+        return self.decoder.head(torch.cat(last)).float()
+
+    def _decode(self, rows: Sequence[Row], drafts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [T, V] float32 after each row's last token and each token of its draft."""
+        if any(drafts):
+            ids = [i for row, draft in zip(rows, drafts, strict=True) for i in (row.tokens[-1], *draft)]
+            tokens = torch.tensor(ids).to(self.device)
+        else:
+            tokens = self.last[self._group(rows).seats]
+        spans = [Span(row.held.blocks, row.past, 1 + len(draft)) for row, draft in zip(rows, drafts, strict=True)]
+        return self.step(tokens, spans, [row.slot for row in rows])
+
+    def _drafts(self, rows: Sequence[Row]) -> Sequence[Sequence[int]]:
+        none: Sequence[Sequence[int]] = [()] * len(rows)
+        if self.ahead or self.draft is False or len(rows) > DRAFTING or self.group is None:
+            return none
+        if any(row.request.constraint for row in rows) or self._group(rows).controls.penalises:
+            return none
+        if not self.draft and not self.pace.pays():
+            return none
+        for row in rows:
+            row.lookup = row.lookup or Lookup(row.request.ids)
+            row.lookup.add([*row.request.ids, *row.tokens][len(row.lookup.ids) :])
+        return [row.lookup.draft(row.limit - row.launched - 1) if row.lookup else () for row in rows]
+
+    def _group(self, rows: Sequence[Row]) -> Group:
+        who = [row.index for row in rows]
+        if self.group is None or self.group.who != who:
+            seats = torch.tensor([row.seat for row in rows]).to(self.device)
+            self.group = Group(who, Controls([row.request.settings for row in rows], self.device), seats)
+        return self.group
+
+    def _choose(self, rows: Sequence[Row], drafts: Sequence[Sequence[int]], logits: Tensor, began: float) -> Flight:
+        group = self._group(rows)
+        controls = group.controls
+        scores = self._penalised(rows, logits, group) if controls.penalises else logits
+        if any(row.request.constraint for row in rows):
+            scores = scores.masked_fill(~self._allowed(rows, logits), -torch.inf)
+        if any(drafts):
+            controls = controls.repeat([1 + len(draft) for draft in drafts])
+        uniform = None
+        if not controls.greedy:
+            numbers = [
+                row.uniform(row.launched + i)
+                for row, draft in zip(rows, drafts, strict=True)
+                for i in range(1 + len(draft))
+            ]
+            uniform = torch.tensor(numbers, dtype=torch.float64).to(self.device)
+        tokens = choose(scores, controls, uniform)
+        if not any(drafts):
+            self.last[group.seats] = tokens
+        if self.seen is not None:
+            self.seen[group.seats, tokens] = True
+        for row in rows:
+            row.launched += 1
+        wanted = [row.request.settings.logprobs for row in rows if row.request.settings.logprobs is not None]
+        report = log_probabilities(logits, tokens, max(wanted)) if wanted else None
+        return Flight(rows, drafts, tokens, report, began)
+
+    def _penalised(self, rows: Sequence[Row], logits: Tensor, group: Group) -> Tensor:
+        if self.seen is None:
+            self.seen = torch.zeros(len(self.last), logits.shape[1], dtype=torch.bool, device=self.device)
+        for row in rows:
+            if row.launched == 0:
+                self.seen[row.seat] = False
+                self.seen[row.seat, torch.tensor(row.request.ids).to(self.device)] = True
+        return penalise(logits, self.seen[group.seats], group.controls)
+
+    def _allowed(self, rows: Sequence[Row], logits: Tensor) -> Tensor:
+        allowed = torch.ones(logits.shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            if row.request.constraint:
+                allowed[i] = row.request.constraint.allowed()
+        return allowed.to(self.device)
+
+    def _land(self, flight: Flight) -> list[Token]:
+        """Read a flight's tokens; rows that end leave."""
+        tokens = flight.tokens.tolist()  # the one wait of a step
+        reports = list(zip(*(t.tolist() for t in flight.logprobs), strict=True)) if flight.logprobs else None
+        landed: list[Token] = []
+        place = 0
+        for row, draft in zip(flight.rows, flight.drafts, strict=True):
+            for i in range(place, place + 1 + len(draft)):
+                if row.done:
+                    break
+                landed.append(_token(row, tokens[i], reports[i] if reports else None))
+                if i < place + len(draft) and tokens[i] != draft[i - place]:
+                    break
+            place += 1 + len(draft)
+            if any(flight.drafts):
+                row.launched = len(row.tokens)
+                self.last[row.seat] = row.tokens[-1]
+            if row.done and row in self.running:
+                self._leave(row)
+        self.pace.note(time.monotonic() - flight.began, len(landed), drafted=any(flight.drafts))
+        return landed
+
+    def _leave(self, row: Row) -> None:
+        self.running.remove(row)
+        self.seats.append(row.seat)
+        self.cache.give(row.held, [*row.request.ids, *row.tokens[:-1]])
+
+
+def _passes(rows: Sequence[Row]) -> Iterator[list[tuple[Row, Span]]]:
+    """What the cache does not know of the prompts, in passes of at most `CHUNK` tokens."""
+    parts: list[tuple[Row, Span]] = []
+    room = CHUNK
+    for row in rows:
+        start, end = row.held.known, len(row.request.ids)
+        while start < end:
+            new = min(room, end - start)
+            parts.append((row, Span(row.held.blocks, start, new)))
+            start, room = start + new, room - new
+            if not room:
+                yield parts
+                parts, room = [], CHUNK
+    if parts:
+        yield parts
+
+
+def _token(row: Row, token: int, report: tuple[float, list[float], list[int]] | None) -> Token:
+    row.tokens.append(token)
+    ended = row.request.ended(row.tokens)
+    row.done = ended or len(row.tokens) == row.limit
+    wanted = row.request.settings.logprobs
+    if wanted is None or report is None:
+        return Token(row.index, token, row.done, ended)
+    chosen, values, likeliest = report
+    return Token(row.index, token, row.done, ended, chosen, tuple(zip(likeliest, values, strict=True))[:wanted])
