@@ -7,6 +7,7 @@ import click
 
 from medlora import __version__
 from medlora.cli.ask import ask, chat
+from medlora.cli.evaluate import evaluate
 from medlora.cli.info import doctor, recipes
 from medlora.cli.options import fail
 from medlora.cli.report import compare, report
@@ -45,5 +46,5 @@ def cli() -> None:
     """
 
 
-for command in (train, ask, chat, report, compare, recipes, doctor):
+for command in (train, evaluate, ask, chat, report, compare, recipes, doctor):
     cli.add_command(command)

@@ -1,0 +1,177 @@
+"""Scores of many options at once equal a plain forward pass of each option alone, and lm-evaluation-harness's own."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medlora.data.prompts import IGNORE, Example
+from medlora.evaluate.likelihood import Request, choice_request, loss_request, score
+from medlora.evaluate.score import _choice_line
+from medlora.evaluate.tasks import load_task
+from medlora.generate.answer import Assistant
+from medlora.recipe import Base, Lora, Prompt, Recipe
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+published = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
+QUESTIONS = [
+    ("Question: What is gout?\nAnswer:", [" a form of arthritis in the joints", " x", " a worm", " glucose"]),
+    ("The spleen filters", [" blood", " the blood and stores platelets"]),
+    ("Asthma is a disease of the ", ["airways", "joints of the foot"]),
+]
+
+
+@pytest.fixture(scope="module")
+def assistant(llama_folder: Path) -> Any:
+    """The toy base with an adapter whose B is not zero."""
+    from medlora.model.adapter import add_lora
+
+    made = Assistant.load(base=Base(model=str(llama_folder), compute_dtype="float32"), prompt=Prompt(template="llama2"))
+    model = add_lora(made.model, Lora(r=4, lora_dropout=0.0, target_modules="all-linear"), 0).eval()
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return Assistant(model, made.tokenizer)
+
+
+@torch.no_grad()
+def alone(model: Any, prefix: list[int], option: list[int]) -> float:
+    logits = model(input_ids=torch.tensor([prefix + option]), use_cache=False).logits[0].float().log_softmax(-1)
+    return sum(float(logits[len(prefix) + i - 1, token]) for i, token in enumerate(option))
+
+
+def requests(assistant: Any) -> list[Request]:
+    return [choice_request(assistant.tokenizer, prompt, options, 256) for prompt, options in QUESTIONS]
+
+
+def flat(batches: Iterator[list[list[float]]]) -> list[list[float]]:
+    return [values for batch in batches for values in batch]
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_options_that_share_a_prefix_score_as_each_alone(assistant: Any, tuned: bool, tokens: int) -> None:
+    from contextlib import nullcontext
+
+    with nullcontext() if tuned else assistant.model.disable_adapter():
+        found = flat(score(assistant.model, requests(assistant), tokens))
+        for (prompt, options), values in zip(QUESTIONS, found, strict=True):
+            prefix = assistant.tokenizer(prompt.rstrip())["input_ids"]
+            for option, value in zip(options, values, strict=True):
+                whole = assistant.tokenizer(prompt + option)["input_ids"]
+                expected = alone(assistant.model, prefix, whole[len(prefix) :])
+                assert value == pytest.approx(expected, abs=2e-4), (prompt, option)
+
+
+def test_a_model_that_takes_no_packed_rows_gets_the_same_scores(
+    assistant: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = flat(score(assistant.model, requests(assistant)))
+    monkeypatch.setattr("medlora.evaluate.likelihood.unsupported", lambda model, length: "not of the family")
+    for a, b in zip(packed, flat(score(assistant.model, requests(assistant))), strict=True):
+        assert a == pytest.approx(b, abs=2e-4)
+
+
+def test_a_prompt_longer_than_the_context_loses_its_left_end(assistant: Any) -> None:
+    prompt, options = "gout " * 300 + "is", [" a worm", " x"]
+    request = choice_request(assistant.tokenizer, prompt, options, 64)
+    whole = assistant.tokenizer(prompt)["input_ids"]
+    longest = max(len(target) for target in request.targets)
+    assert request.ids[: request.prefix] == whole[-(64 + 1 - longest) :]
+    assert request.cut == len(whole) - request.prefix > 0
+    expected = alone(assistant.model, request.ids[: request.prefix], [token for _, token in request.targets[1]])
+    assert next(score(assistant.model, [request]))[0][1] == pytest.approx(expected, abs=2e-4)
+
+
+@torch.no_grad()
+def test_the_loss_of_a_row_is_cross_entropy_over_its_labels(assistant: Any) -> None:
+    ids = assistant.tokenizer("Gout is a form of arthritis in which crystals settle.")["input_ids"]
+    labels = [IGNORE if i < 4 or i == 7 else token for i, token in enumerate(ids)]
+    value = -next(score(assistant.model, [loss_request(Example("x", ids, labels))]))[0][0]
+    logits = assistant.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(labels[1:]), ignore_index=IGNORE, reduction="sum")
+    assert value == pytest.approx(float(expected), rel=1e-5)
+
+
+def published_rows(task: str, source: Path, count: int) -> list[dict[str, Any]]:
+    """Local rows in the shape of the hub data set that lm-evaluation-harness's task reads."""
+    if task == "pubmedqa":
+        import gzip
+
+        return list(json.loads(gzip.decompress(source.read_bytes())).values())[:count]
+    if task == "mmlu_anatomy":
+        import csv
+
+        rows = list(csv.reader(source.open(encoding="utf-8")))[:count]
+        return [{"question": q, "choices": options, "answer": "ABCD".index(letter)} for q, *options, letter in rows]
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:count]]
+    if task == "medmcqa":
+        return [row | {"cop": row["cop"] - 1} for row in rows]
+    return [
+        {"sent1": row["question"], **{f"ending{i}": row["options"][letter] for i, letter in enumerate("ABCD")},
+         "label": "ABCD".index(row["answer_idx"])}
+        for row in rows
+    ]  # fmt: skip
+
+
+def harness(assistant: Any, task: str, rows: list[dict[str, Any]], shots: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """lm-evaluation-harness on its own task definition, fed with `rows`: its samples, in order."""
+    import datasets
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import load_yaml_config
+
+    file = next(Path(lm_eval.__file__).parent.glob(f"tasks/**/{task}.yaml"))
+    config = load_yaml_config(str(file))
+    for name in ("training_split", "validation_split", "tag", "task_alias", "dataset_name", "group"):
+        config.pop(name, None)
+    splits = {"test": datasets.Dataset.from_list(rows), "dev": datasets.Dataset.from_list(shots or rows)}
+    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
+    config |= {
+        "dataset_path": "local",
+        "custom_dataset": lambda **_: splits,
+        "test_split": "test",
+        "metric_list": metrics,
+    }
+    lm = HFLM(pretrained=assistant.model, tokenizer=assistant.tokenizer, batch_size=4)
+    found = lm_eval.simple_evaluate(
+        lm, tasks=[config], num_fewshot=len(shots), task_manager=TaskManager(include_defaults=False), bootstrap_iters=0,
+        log_samples=True,
+    )  # fmt: skip
+    return sorted(next(iter(found["samples"].values())), key=lambda sample: int(sample["doc_id"]))
+
+
+CASES = [
+    ("pubmedqa", "pubmedqa", "pubmedqa/ori_pqal_dev.json.gz", "pubmedqa/ori_pqal_dev.json.gz", 6, 0),
+    ("medqa", "medqa", "medqa/phrases_no_exclude_sample.jsonl", "medqa/phrases_no_exclude_sample.jsonl", 6, 0),
+    ("medmcqa", "medmcqa", "medmcqa/dev_sample.json", "medmcqa/dev_sample.json", 10, 0),
+    ("mmlu", "mmlu_anatomy", "mmlu", "mmlu/val/anatomy_val.csv", 10, 0),
+    ("mmlu", "mmlu_anatomy", "mmlu", "mmlu/val/anatomy_val.csv", 5, 5),
+]
+
+
+@pytest.mark.slow
+@published
+@pytest.mark.parametrize(("task", "theirs", "source", "rows", "count", "shots"), CASES)
+def test_acc_and_acc_norm_equal_lm_evaluation_harness_item_by_item(
+    embedded: Path, task: str, theirs: str, source: str, rows: str, count: int, shots: int
+) -> None:
+    pytest.importorskip("lm_eval")
+    base = Assistant.load(base=Base(compute_dtype="float32"))
+    ours = load_task(task, Recipe(), str(DATA / source), shots, count)
+    examples = published_rows(theirs, DATA / "mmlu/dev/anatomy_dev.csv", shots) if shots else []
+    samples = harness(base, theirs, published_rows(theirs, DATA / rows, count), examples)
+    asked = [choice_request(base.tokenizer, i.prompt, [f" {o}" for o in i.options], 8192) for i in ours.items]  # type: ignore[union-attr]
+    scored = flat(score(base.model, asked))
+    assert len(samples) == len(ours.items) == count
+    for item, values, sample in zip(ours.items, scored, samples, strict=True):
+        line = _choice_line(item, values)  # type: ignore[arg-type]
+        assert line["prompt"] == sample["arguments"][0][0]
+        theirs_ll = [float(response[0][0]) for response in sample["resps"]]
+        assert values == pytest.approx(theirs_ll, abs=1e-3)
+        assert (line["acc"], line["acc_norm"]) == (sample["acc"], sample["acc_norm"])
