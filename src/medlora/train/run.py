@@ -1,6 +1,8 @@
 """A run from recipe to saved adapter. Everything that can be refused is refused before the model loads."""
 
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +24,7 @@ from medlora.progress import bar
 from medlora.recipe import Recipe, load_recipe
 from medlora.train import manifest as manifests
 from medlora.train.callbacks import Interrupt, Watch, tensorboard
+from medlora.train.energy import Meter
 from medlora.train.trainer import PackedTrainer, choose_engine, make_trainer, running
 
 Say = Callable[[str], None]
@@ -175,15 +178,16 @@ def _optimise(
         if recipe.training.tensorboard:
             trainer.add_callback(tensorboard(folder / "tensorboard"))
         _count_tokens(trainer, watch)
-        with running(trainer):
+        with running(trainer), Meter() as meter:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.eval()
     record["training_seconds"] = round(record.get("training_seconds", 0) + time.monotonic() - started, 1)
     record["trained_tokens"] = record.get("trained_tokens", 0) + watch.tokens
     record["tokens_per_second"] = round(watch.tokens / max(watch.seconds, 1e-9), 1)
     record["steps"] = trainer.state.global_step
-    if torch.cuda.is_available():
-        record["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    record["peak_memory_bytes"] = _peak_memory()
+    if meter.joules is not None and (checkpoint is None or "energy_joules" in record):
+        record["energy_joules"] = round(record.get("energy_joules", 0) + meter.joules, 1)
     if isinstance(trainer, PackedTrainer) and trainer.plan:
         record["plan"] = asdict(trainer.plan)
     return bool(trainer.state.global_step >= recipe.training.max_steps)
@@ -222,6 +226,13 @@ def _measure(recipe: Recipe, corpus: Corpus, assistant: Assistant, side: str, *,
             measured["answers"].append({"prompt": prompt, "answer": answer.text, "finished": answer.finished})
             progress.advance(1, f"{answer.tokens / answer.seconds:.0f} tokens/s")
     return measured
+
+
+def _peak_memory() -> int:
+    """Bytes: what tensors took on the GPU, or what the process took on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _device_name() -> str:
