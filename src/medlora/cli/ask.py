@@ -16,7 +16,23 @@ if TYPE_CHECKING:
 
 def _sampling(command: Command) -> Command:
     for option in (
+        click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."),
+        click.option("--regex", metavar="PATTERN", help="The answer matches this regular expression."),
+        click.option(
+            "--json-schema",
+            type=click.Path(path_type=Path, exists=True, dir_okay=False),
+            help="The answer is JSON that the schema in this file allows.",
+        ),
         click.option("--seed", type=int, help="Same seed, same answer."),
+        click.option(
+            "--repetition-penalty",
+            type=click.FloatRange(0, min_open=True),
+            help="Above 1: tokens seen become less likely.  [default: 1]",
+        ),
+        click.option(
+            "--min-p", type=click.FloatRange(0, 1), help="Leave out what is less likely than this share of the top."
+        ),
+        click.option("--top-k", type=click.IntRange(1), help="Sample from this many tokens only."),
         click.option("--max-new-tokens", type=click.IntRange(1), help="Longest answer, in tokens.  [default: 300]"),
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this share only."),
         click.option("--temperature", type=click.FloatRange(0), help="0 is greedy.  [default: 0]"),
@@ -109,8 +125,11 @@ def _assistant(options: dict[str, Any]) -> "tuple[Assistant, Sampling]":
 
     base = Base(model=options["base"]) if options["base"] else None
     assistant = Assistant.load(find_adapter(adapter) if adapter else None, base)
-    names = ("temperature", "top_p", "max_new_tokens", "seed")
-    return assistant, Sampling().override(**{name: options[name] for name in names})
+    if assistant.slow:
+        click.echo(f"(decoding through Transformers, which is slower: {assistant.slow})", err=True)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "seed", "regex", "stop")
+    schema = options["json_schema"] and options["json_schema"].read_text(encoding="utf-8")
+    return assistant, Sampling().override(json_schema=schema, **{name: options[name] for name in names})
 
 
 def _newest_run() -> Path | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from medlora.data.prompts import Tokenizer, prepare_tokenizer, prompt_ids
 from medlora.errors import ModelError
+from medlora.generate.constrain import Grammars
 from medlora.generate.engine import Engine
 from medlora.generate.request import Request, Token
 from medlora.generate.sampling import Sampler, Sampling, log_probabilities
@@ -75,6 +76,7 @@ class Assistant:
 
         Raises:
             ModelError: the conversation leaves no room in the model's context.
+            RecipeError: a JSON schema or regex that cannot be used.
         """
         asked = self._request(messages, settings, tuned)
         for token in self._tokens([asked]):
@@ -83,7 +85,7 @@ class Assistant:
                 yield piece
 
     def answer(self, messages: Messages, settings: Sampling, *, tuned: bool = True) -> Answer:
-        """The whole answer at once. Raises ModelError as `stream`."""
+        """The whole answer at once. Raises as `stream`."""
         return self.answer_many([messages], settings, tuned=tuned)[0]
 
     def ask(self, question: str, settings: Sampling, *, tuned: bool = True) -> Answer:
@@ -93,7 +95,7 @@ class Assistant:
         """The answers to many conversations, decoded together; each is what it would be alone.
 
         Raises:
-            ModelError: as `stream`, for any of them.
+            ModelError, RecipeError: as `stream`, for any of them.
         """
         started = time.monotonic()
         asked = [self._request(messages, settings, tuned) for messages in conversations]
@@ -123,12 +125,18 @@ class Assistant:
             )
         text = Text(self.tokenizer, settings.stop)
         adapter = self.model.active_adapter if self.has_adapter and tuned else None
-        return _Asked(text, Request(prompt, settings, adapter, frozenset(self._ends()), text.ends_with))
+        grammar = self._grammars.grammar(settings) if settings.json_schema or settings.regex else None
+        return _Asked(text, Request(prompt, settings, adapter, self._ends, text.ends_with, grammar))
 
-    def _ends(self) -> set[int]:
+    @cached_property
+    def _ends(self) -> frozenset[int]:
         configured = self.model.generation_config.eos_token_id
         ends = configured if isinstance(configured, list) else [configured]
-        return {self.tokenizer.eos_token_id, *ends} - {None}
+        return frozenset({self.tokenizer.eos_token_id, *ends} - {None})
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.model.config.vocab_size, self._ends)
 
     @cached_property
     def _engine(self) -> Engine | str:
@@ -157,8 +165,10 @@ class Assistant:
             while len(tokens) < room:
                 with torch.inference_mode():  # left before each yield: it must not reach the caller
                     out = self.model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                    tokens.append(sampler(ids, out.logits[:, -1]))
-                    report = _report(out.logits[:, -1].float(), tokens[-1], settings.logprobs)
+                    logits = out.logits[:, -1].float()
+                    allowed = request.constraint.allowed() if request.constraint else None
+                    tokens.append(sampler(ids, logits, allowed))
+                    report = _report(logits, tokens[-1], settings.logprobs)
                 cache = out.past_key_values
                 ended = request.ended(tokens)
                 yield Token(index, tokens[-1], ended or len(tokens) == room, ended, *report)

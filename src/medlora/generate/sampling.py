@@ -39,7 +39,9 @@ class Sampling:
     logprobs: int | None = None
     """Report the log-probability of each chosen token, and of this many likeliest ones; before any setting."""
     json_schema: str | None = None
+    """The answer is JSON that this schema (as JSON text) allows, where the length limit does not cut it."""
     regex: str | None = None
+    """The answer matches this as a whole."""
 
     @classmethod
     def from_recipe(cls, generation: Generation) -> "Sampling":
@@ -143,11 +145,13 @@ class Sampler:
     def __init__(self, settings: Sampling, device: torch.device) -> None:
         self.controls, self.random = Controls([settings], device), settings.generator()
 
-    def __call__(self, ids: Tensor, logits: Tensor) -> int:
-        """Next token id from all ids so far [1, T] and the last logits [1, V]."""
+    def __call__(self, ids: Tensor, logits: Tensor, allowed: Tensor | None = None) -> int:
+        """Next token id from all ids so far [1, T] and the last logits [1, V]; `allowed` [V] bool leaves some out."""
         scores = logits.float()
         if self.controls.penalises:
             seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ids, True)
             scores = penalise(scores, seen, self.controls)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         uniform = torch.tensor([self.random.random()], dtype=torch.float64, device=scores.device)
         return int(choose(scores, self.controls, uniform))
