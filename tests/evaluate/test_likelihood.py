@@ -1,6 +1,6 @@
 """Scores of many options at once equal a plain forward pass of each option alone, and lm-evaluation-harness's own."""
 
-import json
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 
 from medlora.data.prompts import IGNORE, Example
 from medlora.evaluate.likelihood import Request, choice_request, loss_request, score
-from medlora.evaluate.score import _choice_line
+from medlora.evaluate.score import choice_lines
 from medlora.evaluate.tasks import load_task
 from medlora.generate.answer import Assistant
 from medlora.recipe import Base, Lora, Prompt, Recipe
@@ -97,81 +97,39 @@ def test_the_loss_of_a_row_is_cross_entropy_over_its_labels(assistant: Any) -> N
     assert value == pytest.approx(float(expected), rel=1e-5)
 
 
-def published_rows(task: str, source: Path, count: int) -> list[dict[str, Any]]:
-    """Local rows in the shape of the hub data set that lm-evaluation-harness's task reads."""
-    if task == "pubmedqa":
-        import gzip
-
-        return list(json.loads(gzip.decompress(source.read_bytes())).values())[:count]
-    if task == "mmlu_anatomy":
-        import csv
-
-        rows = list(csv.reader(source.open(encoding="utf-8")))[:count]
-        return [{"question": q, "choices": options, "answer": "ABCD".index(letter)} for q, *options, letter in rows]
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()[:count]]
-    if task == "medmcqa":
-        return [row | {"cop": row["cop"] - 1} for row in rows]
-    return [
-        {"sent1": row["question"], **{f"ending{i}": row["options"][letter] for i, letter in enumerate("ABCD")},
-         "label": "ABCD".index(row["answer_idx"])}
-        for row in rows
-    ]  # fmt: skip
-
-
-def harness(assistant: Any, task: str, rows: list[dict[str, Any]], shots: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """lm-evaluation-harness on its own task definition, fed with `rows`: its samples, in order."""
-    import datasets
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import load_yaml_config
-
-    file = next(Path(lm_eval.__file__).parent.glob(f"tasks/**/{task}.yaml"))
-    config = load_yaml_config(str(file))
-    for name in ("training_split", "validation_split", "tag", "task_alias", "dataset_name", "group"):
-        config.pop(name, None)
-    splits = {"test": datasets.Dataset.from_list(rows), "dev": datasets.Dataset.from_list(shots or rows)}
-    metrics = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")]
-    config |= {
-        "dataset_path": "local",
-        "custom_dataset": lambda **_: splits,
-        "test_split": "test",
-        "metric_list": metrics,
-    }
-    lm = HFLM(pretrained=assistant.model, tokenizer=assistant.tokenizer, batch_size=4)
-    found = lm_eval.simple_evaluate(
-        lm, tasks=[config], num_fewshot=len(shots), task_manager=TaskManager(include_defaults=False), bootstrap_iters=0,
-        log_samples=True,
-    )  # fmt: skip
-    return sorted(next(iter(found["samples"].values())), key=lambda sample: int(sample["doc_id"]))
-
-
 CASES = [
-    ("pubmedqa", "pubmedqa", "pubmedqa/ori_pqal_dev.json.gz", "pubmedqa/ori_pqal_dev.json.gz", 6, 0),
-    ("medqa", "medqa", "medqa/phrases_no_exclude_sample.jsonl", "medqa/phrases_no_exclude_sample.jsonl", 6, 0),
-    ("medmcqa", "medmcqa", "medmcqa/dev_sample.json", "medmcqa/dev_sample.json", 10, 0),
-    ("mmlu", "mmlu_anatomy", "mmlu", "mmlu/val/anatomy_val.csv", 10, 0),
-    ("mmlu", "mmlu_anatomy", "mmlu", "mmlu/val/anatomy_val.csv", 5, 5),
+    ("pubmedqa", "pubmedqa", "pubmedqa/ori_pqal_dev.json.gz", "pubmedqa/ori_pqal_dev.json.gz", 4, 0),
+    ("medqa", "medqa", "medqa/phrases_no_exclude_sample.jsonl", "medqa/phrases_no_exclude_sample.jsonl", 4, 0),
+    ("medmcqa", "medmcqa", "medmcqa/dev_sample.json", "medmcqa/dev_sample.json", 6, 0),
+    ("mmlu", "mmlu_anatomy", "mmlu", "mmlu/val/anatomy_val.csv", 6, 0),
+    ("mmlu", "mmlu_anatomy", "mmlu", "mmlu/val/anatomy_val.csv", 3, 5),
 ]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    """bench/evaluation.py, which feeds local rows to lm-evaluation-harness's own task definitions."""
+    spec = importlib.util.spec_from_file_location("evaluation", Path(__file__).parents[2] / "bench" / "evaluation.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.slow
 @published
 @pytest.mark.parametrize(("task", "theirs", "source", "rows", "count", "shots"), CASES)
 def test_acc_and_acc_norm_equal_lm_evaluation_harness_item_by_item(
-    embedded: Path, task: str, theirs: str, source: str, rows: str, count: int, shots: int
+    embedded: Path, bench: Any, task: str, theirs: str, source: str, rows: str, count: int, shots: int
 ) -> None:
-    pytest.importorskip("lm_eval")
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
     base = Assistant.load(base=Base(compute_dtype="float32"))
-    ours = load_task(task, Recipe(), str(DATA / source), shots, count)
-    examples = published_rows(theirs, DATA / "mmlu/dev/anatomy_dev.csv", shots) if shots else []
-    samples = harness(base, theirs, published_rows(theirs, DATA / rows, count), examples)
-    asked = [choice_request(base.tokenizer, i.prompt, [f" {o}" for o in i.options], 8192) for i in ours.items]  # type: ignore[union-attr]
-    scored = flat(score(base.model, asked))
-    assert len(samples) == len(ours.items) == count
-    for item, values, sample in zip(ours.items, scored, samples, strict=True):
-        line = _choice_line(item, values)  # type: ignore[arg-type]
+    ours: Any = load_task(task, Recipe(), str(DATA / source), shots, count).items
+    lm = huggingface.HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=4)
+    examples = bench.published_rows(theirs, DATA / "mmlu/dev/anatomy_dev.csv", shots) if shots else []
+    samples = bench.harness(lm, theirs, bench.published_rows(theirs, DATA / rows, count), examples)
+    assert len(samples) == len(ours) == count
+    for line, sample in zip(choice_lines(base, ours, tuned=False), samples, strict=True):
         assert line["prompt"] == sample["arguments"][0][0]
-        theirs_ll = [float(response[0][0]) for response in sample["resps"]]
-        assert values == pytest.approx(theirs_ll, abs=1e-3)
+        assert line["loglikelihoods"] == pytest.approx([float(r[0][0]) for r in sample["resps"]], abs=1e-3)
         assert (line["acc"], line["acc_norm"]) == (sample["acc"], sample["acc_norm"])

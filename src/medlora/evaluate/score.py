@@ -62,6 +62,11 @@ def _scores(assistant: Assistant, requests: Sequence[Request], tuned: bool) -> I
 
 
 def _choices(assistant: Assistant, recipe: Recipe, items: Sequence[Choice], tuned: bool) -> Iterator[Line]:
+    return choice_lines(assistant, items, tuned=tuned)
+
+
+def choice_lines(assistant: Assistant, items: Sequence[Choice], *, tuned: bool) -> Iterator[Line]:
+    """An item line for each question, in order; `cut` stands in it where the prompt lost its left end."""
     context: int = assistant.model.config.max_position_embeddings
     requests = [
         choice_request(assistant.tokenizer, item.prompt, [f" {option}" for option in item.options], context)
@@ -130,7 +135,7 @@ def _answers(assistant: Assistant, recipe: Recipe, items: Sequence[Passage], tun
             reference = item.record.messages[-1][1]
             yield {
                 "id": item.id, "prompt": render(assistant.tokenizer, messages, ask=True), "group": item.group,
-                "seconds": round(answer.seconds, 3), "reference": reference, "answer": answer.text,
+                "question": messages[-1][1], "seconds": round(answer.seconds, 3), "reference": reference, "answer": answer.text,
                 "finished": answer.finished, "tokens": answer.tokens,
                 **judge(answer.text, reference), "claims": claims.compare(answer.text, reference),
             }  # fmt: skip
