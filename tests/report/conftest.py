@@ -75,7 +75,8 @@ def _evaluate(folder: Path, draw: random.Random) -> None:
             stored = {"task": task, "side": side, "kind": kind.replace("general", "loss"), "settings": {"limit": 40}}
             lines = [stored]
             lines += [
-                {"id": f"q{i}", "prompt": f"Question {i}?", "group": {"topic": f"t{i % 12}"}} | item(i, side, draw)
+                {"id": f"q{i}", "prompt": f"Question {i}?", "group": {"topic": f"t{i % 12}", "qtype": "symptoms"}}
+                | item(i, side, draw)
                 for i in range(40)
             ]
             text = "".join(json.dumps(line) + "\n" for line in lines)

@@ -2,12 +2,15 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from medlora import cli
 from medlora.errors import RunError
 from medlora.evaluate.summary import summarize
 from medlora.report.page import facts, mark, write_report
@@ -68,6 +71,29 @@ def test_figures_of_the_summary_stand_on_the_page(make_run: Make) -> None:
         assert f"{entry[side]['value']:.3f} [{entry[side]['low']:.3f}, {entry[side]['high']:.3f}]" in text
     assert "5 of 40 items share at least 8 words" in text
     assert (run / "figures" / "forest.png").is_file() and (run / "figures" / "forest.svg").is_file()
+
+
+def test_each_group_of_items_has_its_own_line(make_run: Make) -> None:
+    run = make_run()
+    entry = summarize(run / "evaluation")["tasks"]["medquad"]["groups"]["qtype"]["symptoms"]
+    text = read(write_report(run)).text
+    assert "medquad by qtype" in text and entry["items"] == 40
+    assert f"{entry['tuned']['value']:.3f} [{entry['tuned']['low']:.3f}, {entry['tuned']['high']:.3f}]" in text
+
+
+def test_training_ends_with_a_report_and_names_it(
+    toy: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "resolved.yaml"
+    recipe.write_text(toy("training.max_steps=2").to_yaml())
+    monkeypatch.setattr(sys, "argv", ["medlora", "train", str(recipe), "--output", str(tmp_path / "run")])
+    cli.main()
+    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {tmp_path / 'run' / 'report.html'}"
+    text = read(tmp_path / "run" / "report.html").text
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert f"{manifest['after']['loss']:.3f}" in text and manifest["data"]["sha256"] in text
+    assert manifest["after"]["answers"][0]["prompt"] in text
+    assert (tmp_path / "run" / "figures" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_right_of_the_line_is_better(make_run: Make) -> None:

@@ -46,6 +46,7 @@ def train(
         return
     loaded = None if resume else load_recipe(recipe or "", overrides)
 
+    from medlora.report.page import write_report
     from medlora.train import run
 
     def say(line: str) -> None:
@@ -56,6 +57,7 @@ def train(
         click.echo(json.dumps(result.manifest, indent=2, ensure_ascii=False))
     else:
         _report(result.folder, result.manifest)
+    say(f"Report: {write_report(result.folder)}")
     if not result.finished:
         fail(
             f"stopped at step {result.manifest['steps']}; go on with: medlora train --resume {result.folder}",

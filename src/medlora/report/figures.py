@@ -15,6 +15,7 @@ from medlora.report.run import Calibration, RunData
 INK = "#0b0c0d"  # stands for the colour of the text
 BLUE, ORANGE = "#3b7dd8", "#d9730d"
 SIDE_COLOURS = {"untuned": ORANGE, "tuned": BLUE}
+WIDTH = 5.0  # inches: on a phone, letters of 10 points stay as large
 Draw = Callable[[Any], None]
 """Draws onto matplotlib axes."""
 
@@ -40,7 +41,7 @@ def figures(run: RunData) -> list[Figure]:
         caption = (
             "Change after tuning, in percent of the untuned value, with 95 % intervals; right of the line is better."
         )
-        found.append(_make(run, "forest", caption, _forest(rows), height=1.2 + 0.42 * len(rows)))
+        found.append(_make(run, "forest", caption, _forest(rows), height=0.9 + 0.42 * len(rows)))
     for task in dict.fromkeys(c.task for c in run.calibrations):
         sides = [c for c in run.calibrations if c.task == task]
         caption = (
@@ -89,13 +90,14 @@ def _rate(steps: list[dict[str, Any]]) -> Draw:
 
 def _forest(rows: list[tuple[str, float, float, float]]) -> Draw:
     def draw(axes: Any) -> None:
-        for place, (_, value, low, high) in enumerate(reversed(rows)):
+        for place, (label, value, low, high) in enumerate(reversed(rows)):
             shown = low > 0 or high < 0
             axes.plot([low, high], [place, place], color=BLUE if shown else INK, linewidth=2)
             axes.plot([value], [place], "s", color=BLUE if shown else INK, ms=6)
+            axes.text(0, place + 0.2, label, transform=axes.get_yaxis_transform(), fontsize=9)
         axes.axvline(0, color=INK, linewidth=1, linestyle=":")
-        axes.set_yticks(range(len(rows)), [label for label, *_ in reversed(rows)])
-        axes.set(xlabel="worse  <  change (%)  >  better", ylim=(-0.6, len(rows) - 0.4))
+        axes.spines["left"].set_visible(False)
+        axes.set(xlabel="worse  <  change (%)  >  better", yticks=[], ylim=(-0.5, len(rows) - 0.3))
 
     return draw
 
@@ -113,7 +115,7 @@ def _reliability(sides: list[Calibration]) -> Draw:
     return draw
 
 
-def _make(run: RunData, name: str, caption: str, draw: Draw, height: float = 3.6) -> Figure:
+def _make(run: RunData, name: str, caption: str, draw: Draw, height: float = 3.2) -> Figure:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -124,7 +126,7 @@ def _make(run: RunData, name: str, caption: str, draw: Draw, height: float = 3.6
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
     style = ink | {"svg.fonttype": "none", "svg.hashsalt": name, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
-        figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+        figure, axes = plt.subplots(figsize=(WIDTH, height), layout="constrained")
         draw(axes)
         figure.savefig(folder / f"{name}.png", dpi=150)
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from medlora import __version__
-from medlora.evaluate.metrics import metric
+from medlora.evaluate.metrics import METRICS, metric
 from medlora.evaluate.summary import SIDES, forgotten, show, words
 from medlora.report.figures import figures
 from medlora.report.run import Pair, RunData, evaluation_settings, read_run
@@ -37,6 +37,16 @@ class Task:
     """Items that share a sequence of words with the training text; None: not looked for."""
     clean: list[Row]
     """The rows without those."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A task's first metric by topic, question type or subject."""
+
+    title: str
+    metric: str
+    rows: list[tuple[str, int, list[str]]]
+    """(value, items, [untuned, tuned, difference])."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +83,7 @@ def render(run: RunData) -> str:
         manifest=run.manifest,
         sides=SIDES,
         tasks=[_task(name, task) for name, task in (run.summary or {"tasks": {}})["tasks"].items()],
+        groups=[g for name, task in (run.summary or {"tasks": {}})["tasks"].items() for g in _groups(name, task)],
         tests=(run.summary or {}).get("tests", 0),
         verdicts=sentences(run),
         forgotten=forgotten(run.summary) if run.summary else [],
@@ -112,15 +123,29 @@ def _task(name: str, task: dict[str, Any]) -> Task:
     )
 
 
+def _groups(name: str, task: dict[str, Any]) -> list[Group]:
+    first = METRICS[task["kind"]][0]
+    found = []
+    for key, values in task["groups"].items():
+        rows = [(value, entry["items"], _cells(entry, first.digits)) for value, entry in values.items()]
+        found.append(Group(f"{name} by {key}", first.label, rows))
+    return found
+
+
 def _rows(kind: str, entries: dict[str, Any]) -> list[Row]:
     rows = []
     for name, entry in entries.items():
         found = metric(kind, name)
-        untuned, tuned = (show(entry.get(side), found.digits) for side in SIDES)
-        gap = show(entry.get("difference"), found.digits, sign=True)
-        kind_of = KINDS.get(entry.get("verdict", ""), "none")
-        rows.append(Row(found.label, untuned, tuned, gap, words(entry), kind_of))
+        coloured = KINDS.get(entry.get("verdict", ""), "none")
+        untuned, tuned, difference = _cells(entry, found.digits)
+        rows.append(Row(found.label, untuned, tuned, difference, words(entry), coloured))
     return rows
+
+
+def _cells(entry: dict[str, Any], digits: int) -> list[str]:
+    """Untuned, tuned, difference."""
+    sides = [show(entry.get(side), digits) for side in SIDES]
+    return [*sides, show(entry.get("difference"), digits, sign=True)]
 
 
 def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
