@@ -135,8 +135,8 @@ def _answers(assistant: Assistant, recipe: Recipe, items: Sequence[Passage], tun
             reference = item.record.messages[-1][1]
             yield {
                 "id": item.id, "prompt": render(assistant.tokenizer, messages, ask=True), "group": item.group,
-                "question": messages[-1][1], "seconds": round(answer.seconds, 3), "reference": reference, "answer": answer.text,
-                "finished": answer.finished, "tokens": answer.tokens,
+                "question": messages[-1][1], "reference": reference, "answer": answer.text,
+                "seconds": round(answer.seconds, 3), "finished": answer.finished, "tokens": answer.tokens,
                 **judge(answer.text, reference), "claims": claims.compare(answer.text, reference),
             }  # fmt: skip
 
