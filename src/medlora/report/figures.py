@@ -74,7 +74,7 @@ def _loss(steps: list[dict[str, Any]], held: dict[str, float]) -> Draw:
         for (name, loss), style in zip(held.items(), ("--", "-"), strict=False):
             axes.axhline(loss, color=ORANGE, linestyle=style, label=f"held out, {name}: {loss:.3f}")
         axes.set(xlabel="step", ylabel="loss (nats a token)")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # above, where no curve runs
 
     return draw
 
@@ -110,7 +110,7 @@ def _reliability(sides: list[Calibration]) -> Draw:
             label = f"{found.side}: calibration error {found.error:.3f}"
             axes.plot(x, y, marker="o", ms=4, color=SIDE_COLOURS[found.side], label=label)
         axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # above, where no curve runs
 
     return draw
 
