@@ -100,13 +100,14 @@ def _losses(assistant: Assistant, recipe: Recipe, items: Sequence[Passage], tune
 
 
 def _loss_line(tokenizer: Any, item: Passage, pieces: list[tuple[Example, float]]) -> Line:
-    """`bytes` counts what the labelled tokens say; special tokens say nothing, though their loss counts."""
+    """`bytes` counts what the labelled tokens say; special tokens and the template's outer space
+    say nothing, though their loss counts."""
     labelled = [label for example, _ in pieces for label in example.labels if label != IGNORE]
     first = next(i for i, label in enumerate(pieces[0][0].labels) if label != IGNORE)
     said = tokenizer.decode(labelled, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return {
         "id": item.id, "prompt": tokenizer.decode(pieces[0][0].input_ids[:first]), "group": item.group,
-        "nll": sum(nll for _, nll in pieces), "tokens": len(labelled), "bytes": len(said.encode()),
+        "nll": sum(nll for _, nll in pieces), "tokens": len(labelled), "bytes": len(said.strip().encode()),
     }  # fmt: skip
 
 

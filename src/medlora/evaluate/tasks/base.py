@@ -65,12 +65,16 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Text(Passage):
-    """Plain text, every token predicted, the first one from the begin or else the end token."""
+    """Plain text, every token predicted, the first one from the begin or else the end token.
+
+    A text longer than the recipe's `max_length` is scored in windows of that length.
+    """
 
     def examples(self, tokenizer: Tokenizer, recipe: Recipe) -> list[Example]:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         ids = list(tokenizer(self.text, add_special_tokens=False)["input_ids"])
-        return [Example(self.id, [first, *ids], [IGNORE, *ids])]
+        whole = Example(self.id, [first, *ids], [IGNORE, *ids])
+        return fit([whole], recipe.data.max_length, "split").examples
 
 
 @dataclass(frozen=True, slots=True)
