@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -48,6 +49,8 @@ class Cache:
         shape = (min(FIRST, self.limit), BLOCK, *heads)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.grown = 0
+        """How often the pools moved."""
         self.users = [0] * shape[0]
         self.free = list(range(shape[0] - 1, 0, -1))
         self.found: dict[Key, int] = {}
@@ -137,6 +140,7 @@ class Cache:
         for pools in (self.k, self.v):
             for i, pool in enumerate(pools):  # one at a time: the old one is freed before the next is made
                 pools[i] = torch.cat([pool, pool.new_zeros(more, *pool.shape[1:])])
+        self.grown += 1
         self.users += [0] * more
         self.free = list(range(blocks + more - 1, blocks - 1, -1)) + self.free
         return True
@@ -156,3 +160,11 @@ class Cache:
 def _root(slot: int) -> int:
     """What stands before a first block: no block's number, another for each adapter."""
     return -2 - slot
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be allocated now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return int(psutil.virtual_memory().available)

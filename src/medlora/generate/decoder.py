@@ -11,14 +11,15 @@ Shapes: T tokens of a pass, D hidden, H query heads, K key heads, C head size, V
 # torch leaves Tensor.split untyped
 # mypy: allow-untyped-calls
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medlora.generate.cache import BLOCK, Cache
-from medlora.generate.weights import Choice, Projection, Unknown, weight_of
+from medlora.generate.weights import Choice, Nf4, Norm, Projection, Unknown, weight_of
 from medlora.kernels.attention import Documents, attention
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.rope import rope_
@@ -40,11 +41,20 @@ class Span(NamedTuple):
         return [self.blocks[i // BLOCK] * BLOCK + i % BLOCK for i in range(self.past, self.past + self.new)]
 
 
+class Rows(Protocol):
+    """What a pass is about: where its tokens stand and what they see."""
+
+    choice: Choice
+
+    def attend(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
+        """[T, (H + 2 K) C] -> [T, H C], keys and values into the cache; `qkv` may be overwritten."""
+
+
 class Layer(NamedTuple):
-    input_norm: Any
+    input_norm: Norm
     qkv: Projection
     o: Projection
-    post_norm: Any
+    post_norm: Norm
     gate_up: Projection
     down: Projection
 
@@ -82,17 +92,17 @@ class Decoder:
 
         attn, mlp = layer.self_attn, layer.mlp
         return Layer(
-            layer.input_layernorm,
+            _norm(layer.input_layernorm),
             project(attn.q_proj, attn.k_proj, attn.v_proj),
             project(attn.o_proj),
-            layer.post_attention_layernorm,
+            _norm(layer.post_attention_layernorm),
             project(mlp.gate_proj, mlp.up_proj),
             project(mlp.down_proj, gated=True),
         )
 
     def refresh(self) -> bool:
         """Take over adapters that were trained on since; whether there were any."""
-        now = sum(master._version for p in self.projections for _, master, _ in p.copies)
+        now = sum(master._version for p in self.projections for _, master in p.copies)
         if now == self._seen:
             return False
         self._seen = now
@@ -100,17 +110,30 @@ class Decoder:
             projection.refresh()
         return True
 
-    def __call__(self, tokens: Tensor, row: "Pass", cache: Cache) -> Tensor:
+    def __call__(self, tokens: Tensor, row: "Rows", cache: Cache) -> Tensor:
         """Hidden states [T, D] after the final norm of tokens [T] int64; their keys and values go to the cache."""
         x = F.embedding(tokens, self.model.embed_tokens.weight)
+        choice = row.choice
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(_norm(x, layer.input_norm), row.choice)
-            x = layer.o(row.attend(qkv, cache, index), row.choice, x)
-            x = layer.down(layer.gate_up(_norm(x, layer.post_norm), row.choice), row.choice, x)
-        return _norm(x, self.model.norm)
+            heads = row.attend(layer.qkv(x, choice, norm=layer.input_norm), cache, index)
+            x = layer.o(heads, choice, residual=x)
+            x = layer.down(layer.gate_up(x, choice, norm=layer.post_norm), choice, residual=x)
+        return rms_norm(x, *_norm(self.model.norm))
+
+    def keep(self, free: int) -> None:
+        """Dequantise NF4 weights for good, if that takes no more than half of `free` bytes: for many rows a step."""
+        codes = [p.weight for p in self.projections if isinstance(p.weight, Nf4) and p.weight.kept is None]
+        if sum(weight.codes.N * weight.codes.D for weight in codes) * self.dtype.itemsize <= free // 2:
+            for weight in codes:
+                weight.kept = weight.dense()
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """`rotary` of every position."""
+        return self.rotary(torch.arange(self.context, device=self.device))
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables [T, C] of positions [T]."""
+        """Cosines and sines [T, C] at positions [T]."""
         like = self.model.embed_tokens.weight[:1]
         cos, sin = self.model.rotary_emb(like, positions[None])
         return cos[0], sin[0]
@@ -130,18 +153,18 @@ class Pass:
         half = self.sin.shape[1] // 2
         self.signed = torch.cat([-self.sin[:, :half], self.sin[:, half:]], 1)
         each = [slot for span, slot in zip(spans, slots, strict=True) for _ in range(span.new)]
-        self.choice = Choice(each, len(decoder.adapters), device)
+        self.choice = Choice(each, torch.tensor(each, dtype=torch.int32).to(device))
         self.borders = [0]
         for span in spans:
             self.borders.append(self.borders[-1] + span.new)
-        self.fresh = not any(span.past for span in spans) and len(where) > len(spans)
+        fresh = device.type == "cuda" and decoder.dtype != torch.float32 and not any(span.past for span in spans)
+        self.documents = Documents.of(self.cos, self.sin, self.borders) if fresh else None
+        """Where whole prompts can pass through one attention launch."""
 
     def attend(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
-        """[T, (H + 2 K) C] -> [T, H C]; `qkv` is overwritten."""
         H, K, C = self.heads
-        if qkv.is_cuda and self.fresh and qkv.dtype != torch.float32:  # one launch, which also rotates in place
-            documents = Documents.of(self.cos, self.sin, self.borders)
-            out = attention(qkv, documents, self.heads, self.scale)
+        if self.documents:
+            out = attention(qkv, self.documents, self.heads, self.scale)  # rotates q and k in place
             _, k, v = qkv.view(-1, H + 2 * K, C).split((H, K, K), 1)
             self._append(cache, layer, k, v)
             return out
@@ -182,8 +205,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out[0].transpose(0, 1)
 
 
-def _norm(x: Tensor, norm: Any) -> Tensor:
-    return rms_norm(x, norm.weight, norm.variance_epsilon)
+def _norm(module: Any) -> Norm:
+    return module.weight, module.variance_epsilon
 
 
 def _check(causal: Any) -> None:

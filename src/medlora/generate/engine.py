@@ -8,14 +8,14 @@ on the company: untuned and tuned answers come from one base, in one batch. `Bat
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from medlora.errors import ModelError
-from medlora.generate.batch import Batch
-from medlora.generate.cache import Cache
+from medlora.generate.batch import Batch, Step
+from medlora.generate.cache import Cache, free_bytes
 from medlora.generate.decoder import Decoder, Pass, Span
+from medlora.generate.graph import Steps
 from medlora.generate.request import Request, Row, Token
 
 SHARE = 0.6  # of the free memory, for the cache
@@ -29,19 +29,28 @@ class Engine:
         rows: most requests decoded at once; by default 64 on a GPU, 32 on a CPU.
         cache_bytes: most that keys and values may take; by default a share of the memory free now.
         draft: whether to draft tokens by prompt lookup; by default on a CPU, while it saves time.
+        graphs: whether a GPU's steps are captured; off for debugging.
 
     Raises:
         Unknown: the model is not of a kind that `Decoder` knows.
     """
 
     def __init__(
-        self, model: Any, rows: int | None = None, cache_bytes: int | None = None, draft: bool | None = None
+        self,
+        model: Any,
+        *,
+        rows: int | None = None,
+        cache_bytes: int | None = None,
+        draft: bool | None = None,
+        graphs: bool = True,
     ) -> None:
         self.decoder = decoder = Decoder(model)
         self.device, self.draft = decoder.device, draft
         self.rows = rows or (64 if self.device.type == "cuda" else 32)
         heads, limit = decoder.heads[1:], cache_bytes or int(SHARE * free_bytes(self.device))
         self.cache = Cache(len(decoder.layers), heads, decoder.dtype, self.device, limit)
+        on_gpu = self.device.type == "cuda"
+        self.step: Step = Steps(decoder, self.cache, graphs=graphs) if on_gpu else self._step
 
     def generate(self, requests: Sequence[Request]) -> list[list[Token]]:
         """The tokens of every request, an end token included.
@@ -65,7 +74,7 @@ class Engine:
         with torch.inference_mode():
             if self.decoder.refresh():
                 self.cache.forget()
-        return Batch(self.decoder, self.cache, self._step, rows, self.rows, self.draft).run()
+        return Batch(self.decoder, self.cache, self.step, rows, self.rows, self.draft).run()
 
     def _step(self, tokens: Tensor, spans: Sequence[Span], slots: Sequence[int]) -> Tensor:
         hidden = self.decoder(tokens, Pass(self.decoder, spans, slots), self.cache)
@@ -85,11 +94,3 @@ class Engine:
             )
         slot = -1 if request.adapter is None else known.index(request.adapter)
         return Row(index, request, slot, room, settings.generator())
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that could be allocated now."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return int(psutil.virtual_memory().available)

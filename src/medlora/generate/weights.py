@@ -6,11 +6,9 @@ float32 product of one row runs at the speed of memory on one core; weights that
 in float32 by FBGEMM, which halves the bytes and uses every core. The sums stay float32.
 
 Codes and plain weights are laid side by side once, and the modules' own tensors become views of that: no second copy.
-LoRA stays unmerged, so that one base answers with any of its adapters and with none. Adapters of a product are stacked
-to one A [s n R, D] and one B [N, s n R] (s adapters, n modules, R the largest rank); a mask [T, s n R] picks each
-row's own.
+LoRA stays unmerged, so that one base answers with any of its adapters and with none, each row with its own.
 
-Shapes: T rows, D inputs, N outputs of a product.
+Shapes: T rows, D inputs, N outputs of a product; S adapters, G modules, R the largest rank.
 """
 
 # torch leaves Tensor.split untyped
@@ -22,8 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medlora.kernels.nf4 import DoubleQuant, dequantize_nf4
+from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_linear
+from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
+
+Norm = tuple[Tensor, float]
+"""Weight [D] and epsilon of an RMSNorm."""
 
 
 class Unknown(Exception):
@@ -53,24 +55,34 @@ class Half(NamedTuple):
         return y
 
 
-class Nf4(NamedTuple):
-    """bitsandbytes' codes, dequantised for each product: for many rows."""
+class Nf4:
+    """bitsandbytes' codes: read as they are for few rows, dequantised for many.
 
-    bases: list[Any]
-    double: list[DoubleQuant | None]
-    shape: tuple[int, int]
-    bias: Tensor | None
-    dtype: torch.dtype
+    The modules' own tensors become views of the codes side by side, so that there is one copy.
+    """
+
+    def __init__(self, bases: Sequence[Any], bias: Tensor | None, dtype: torch.dtype) -> None:
+        states = [base.weight.quant_state for base in bases]
+        self.codes = NF4Weights.of([base.weight.data for base in bases], states)
+        self.bias, self.dtype = bias, dtype
+        self.kept: Tensor | None = None
+        """[N, D], where memory allowed to dequantise for good."""
+        blocks = self.codes.absmax.flatten().split([state.absmax.numel() for state in states])
+        for base, part, absmax in zip(bases, self.codes.parts(), blocks, strict=True):
+            base.weight.data = part
+            if base.weight.quant_state.absmax.dtype == absmax.dtype:
+                base.weight.quant_state.absmax = absmax
+
+    def reads_codes(self, x: Tensor) -> bool:
+        return len(x) <= MAX_ROWS and self.bias is None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense(), self.bias)
+        return F.linear(x, self.dense() if self.kept is None else self.kept, self.bias)
 
     def dense(self) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.bases[0].weight.device)
-        rows = out.split([base.out_features for base in self.bases])
-        for base, double, part in zip(self.bases, self.double, rows, strict=True):
-            dequantize_nf4(base.weight.data, base.weight.quant_state.absmax, part, double)
-        return out
+        return self.codes.dequantize(
+            torch.empty(self.codes.N, self.codes.D, dtype=self.dtype, device=self.codes.codes.device)
+        )
 
 
 def weight_of(bases: Sequence[Any], dtype: torch.dtype) -> Weight:
@@ -84,12 +96,10 @@ def weight_of(bases: Sequence[Any], dtype: torch.dtype) -> Weight:
         raise Unknown("only some of the modules that share an input have a bias")
     bias = None if biases[0] is None else torch.cat([b.data for b in biases]).to(dtype)
     if hasattr(bases[0].weight, "quant_state"):
-        shape = (sum(base.out_features for base in bases), bases[0].in_features)
         try:
-            double = [DoubleQuant.of(base.weight.quant_state) for base in bases]
+            return Nf4(bases, bias, dtype)
         except ValueError as error:
             raise Unknown(str(error)) from None
-        return Nf4(list(bases), double, shape, bias, dtype)
     for base in bases:
         if type(base) is not nn.Linear or base.weight.dtype != dtype:
             raise Unknown(f"{type(base).__name__} in {base.weight.dtype} is neither NF4 nor a plain {dtype} weight")
@@ -120,26 +130,22 @@ def side_by_side(bases: Sequence[Any]) -> Tensor:
 
 
 class Choice:
-    """Which adapter each row of a pass takes: `slots`, one a row, -1 for none, on the host and on the device."""
+    """Which adapter each row of a pass takes.
 
-    def __init__(self, slots: Sequence[int], adapters: int, device: torch.device) -> None:
-        self.any = any(slot >= 0 for slot in slots)
-        self.mixed = adapters > 1 or any(slot < 0 for slot in slots)
-        self.slots = torch.tensor(slots, dtype=torch.int32).to(device)
-        self.adapters, self._masks = adapters, dict[tuple[int, torch.dtype], Tensor]()
+    Args:
+        slots: one a row, -1 for none; None where they may change behind the host's back, in `on_device`.
+    """
 
-    def mask(self, ranks: int, dtype: torch.dtype) -> Tensor:
-        """[T, adapters * ranks] of ones and zeros; `ranks` columns an adapter."""
-        if (ranks, dtype) not in self._masks:
-            own = self.slots[:, None] == torch.arange(self.adapters, device=self.slots.device)
-            self._masks[ranks, dtype] = own.repeat_interleave(ranks, 1).to(dtype)
-        return self._masks[ranks, dtype]
+    def __init__(self, slots: Sequence[int] | None, on_device: Tensor) -> None:
+        self.slots = on_device
+        self.any = slots is None or any(slot >= 0 for slot in slots)
+        self.same = slots[0] if slots and len(set(slots)) == 1 else None
 
 
 class Projection:
-    """One product: y = x W' + the chosen adapter's scaling x A' B'.
+    """One product: y = f(x) W' + the chosen adapter's scaling f(x) A' B' + residual.
 
-    With `gated` the input is [T, 2 D], gate beside up, and the product reads silu(gate) * up.
+    f is a norm where one is given; with `gated` x is [T, 2 D], gate beside up, and f(x) = silu(gate) * up.
 
     Raises:
         Unknown: as `weight_of`, or an adapter that is a variant of LoRA or is merged.
@@ -150,37 +156,53 @@ class Projection:
     ) -> None:
         bases = [getattr(module, "base_layer", module) for module in modules]
         self.weight, self.gated = weight_of(bases, dtype), gated
+        sizes, device = [base.out_features for base in bases], bases[0].weight.device
         found = [[_lora(module, name) for module in modules] for name in names]
-        self.ranks = max((len(lora.a) for row in found for lora in row if lora), default=0)
-        n, device = len(modules), bases[0].weight.device
-        columns = len(names) * n * self.ranks
-        self.a = torch.zeros(columns, bases[0].in_features, dtype=dtype, device=device)
-        self.b = torch.zeros(sum(base.out_features for base in bases), columns, dtype=dtype, device=device)
-        self.per_adapter = n * self.ranks
-        self.copies: list[tuple[Tensor, Tensor, float]] = []
-        rows = self.b.split([base.out_features for base in bases])
-        for i, lora in enumerate(lora for row in found for lora in row):
-            if lora:
-                ranks = slice(i * self.ranks, i * self.ranks + len(lora.a))
-                self.copies.append((self.a[ranks], lora.a, 1.0))
-                self.copies.append((rows[i % n][:, ranks], lora.b, lora.scaling))
+        S, G = len(names), len(modules)
+        R = self.ranks = max((len(lora.a) for row in found for lora in row if lora), default=0)
+        self.a = torch.zeros(S, G * R, bases[0].in_features, dtype=dtype, device=device)
+        self.b = torch.zeros(S, sum(sizes), R, dtype=dtype, device=device)
+        self.scaling = torch.tensor([[lora.scaling if lora else 0.0 for lora in row] for row in found]).to(device)
+        every = torch.block_diag(*self.scaling.repeat_interleave(R, 1)).view(S, S * G * R) if S else self.scaling
+        self.factors = torch.cat([every, every.new_zeros(1, S * G * R)]).to(dtype) if S else every
+        """[S + 1, S G R]: of each rank, by the row's adapter; the last line, -1, is for none."""
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.parts: list[tuple[slice, slice, Tensor]] = []
+        """(columns of y, ranks, b) of each adapted module."""
+        for s, row in enumerate(found):
+            columns = 0
+            for g, (lora, size) in enumerate(zip(row, sizes, strict=True)):
+                if lora:
+                    r, first = len(lora.a), (s * G + g) * R
+                    b = self.b[s, columns : columns + size, :r]
+                    self.parts.append((slice(columns, columns + size), slice(first, first + r), b))
+                    self.copies += [(self.a[s, g * R : g * R + r], lora.a), (b, lora.b)]
+                columns += size
 
-    def __call__(self, x: Tensor, choice: Choice, residual: Tensor | None = None) -> Tensor:
-        """x [T, D] -> [T, N], added to `residual` [T, N] if given."""
-        if self.gated:
-            x = gated(x)
+    def __call__(
+        self, x: Tensor, choice: Choice, *, norm: Norm | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """x [T, D] -> [T, N]; `residual` [T, N]."""
+        adapted = self.ranks > 0 and choice.any
+        if isinstance(self.weight, Nf4) and self.weight.reads_codes(x):
+            terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
+            return nf4_linear(x, self.weight.codes, terms, norm=norm, gated=self.gated, residual=residual)
+        x = rms_norm(x, *norm) if norm else gated(x) if self.gated else x
         y = self.weight(x)
-        if self.ranks and choice.any:
-            h_TR = x @ self.a.t()
-            if choice.mixed:
-                h_TR = h_TR * choice.mask(self.per_adapter, x.dtype)
-            y.addmm_(h_TR, self.b.t())
+        if adapted:
+            self._add(y, x, choice)
         return y if residual is None else y.add_(residual)
+
+    def _add(self, y: Tensor, x: Tensor, choice: Choice) -> None:
+        h_TR = x @ self.a.flatten(0, 1).t()
+        h_TR *= self.factors[choice.slots if choice.same is None else choice.same]
+        for columns, ranks, b in self.parts:
+            y[:, columns].addmm_(h_TR[:, ranks], b.t())
 
     def refresh(self) -> None:
         """Take the trained tensors over."""
-        for to, master, scaling in self.copies:
-            to.copy_(master.detach() * scaling)
+        for to, master in self.copies:
+            to.copy_(master.detach())
 
 
 def gated(x: Tensor) -> Tensor:

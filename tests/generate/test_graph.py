@@ -1,0 +1,114 @@
+"""The GPU's decode step through the kernels' plain references, beside the general pass; and captured, on a GPU."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from medlora.generate.cache import Cache
+from medlora.generate.decoder import Decoder, Pass, Span
+from medlora.generate.engine import Engine
+from medlora.generate.graph import Steps
+from medlora.generate.request import Request
+from medlora.generate.sampling import Sampling
+from medlora.generate.weights import Nf4
+
+ADAPTERS = (None, "all", "some")
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    """(NF4 modules of bitsandbytes, the same weights dequantised), each with two adapters."""
+    import bitsandbytes as bnb
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    base = LlamaForCausalLM(config).eval()
+    plain = copy.deepcopy(base)
+    for name, module in list(base.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            four = bnb.nn.LinearNF4(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32)
+            four.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", blocksize=64)
+            base.set_submodule(name, four.to("cpu"))
+            weight = bnb.functional.dequantize_4bit(four.weight.data, four.weight.quant_state)
+            plain.get_submodule(name).weight.data = weight.view(module.weight.shape)
+    models = []
+    for model in (base, plain):
+        every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules=every), "all")
+        model.add_adapter("some", LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+        models.append(model.eval())
+    return models[0], models[1]
+
+
+def test_steps_over_codes_give_the_logits_of_plain_weights(pair: tuple[Any, Any]) -> None:
+    """Rows of several lengths and adapters, a draft among them, and a batch that must be filled up."""
+    rows = [(prompt(1, 70), 0, 1), (prompt(2, 5), -1, 3), (prompt(3, 130), 1, 1)]
+    found = []
+    for model in pair:
+        decoder = Decoder(model)
+        decoder.refresh()
+        cache = Cache(2, decoder.heads[1:], decoder.dtype, decoder.device, 2**24)
+        assert isinstance(decoder.layers[0].qkv.weight, Nf4) == (model is pair[0])
+        with torch.inference_mode():
+            spans, slots = [], [slot for _, slot, _ in rows]
+            for ids, slot, new in rows:
+                held = cache.take(ids, len(ids) + 8, slot)
+                assert held
+                decoder(torch.tensor(ids), Pass(decoder, [Span(held.blocks, 0, len(ids))], [slot]), cache)
+                spans.append(Span(held.blocks, len(ids), new))
+            tokens = torch.tensor([11, 12, 13, 14, 15])
+            general = decoder.head(decoder(tokens, Pass(decoder, spans, slots), cache))
+            steps = Steps(decoder, cache, graphs=False)
+            for _ in range(2):
+                torch.testing.assert_close(steps(tokens, spans, slots), general, rtol=1e-4, atol=1e-4)
+            found.append(general)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_answers_over_codes_are_those_of_transformers_over_plain_weights(pair: tuple[Any, Any]) -> None:
+    engine = Engine(pair[0])
+    engine.step = Steps(engine.decoder, engine.cache, graphs=False)
+    ids = prompt(4, 40)
+    found = engine.generate([Request(ids, Sampling(max_new_tokens=30), a, frozenset({2})) for a in ("all", "some")])
+    for adapter, tokens in zip(("all", "some"), found, strict=True):
+        pair[1].set_adapter(adapter)
+        target = pair[1].generate(
+            torch.tensor([ids]), attention_mask=torch.ones(1, 40), max_new_tokens=30, do_sample=False
+        )
+        assert [token.id for token in tokens] == target[0, 40:].tolist()
+    codes = pair[0].get_base_model().model.layers[0].self_attn.k_proj.weight.data
+    assert (
+        codes.untyped_storage().data_ptr()
+        == engine.decoder.layers[0].qkv.weight.codes.codes.untyped_storage().data_ptr()
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_give_the_tokens_of_uncaptured_ones(toy_model: Any, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(toy_model).to("cuda", dtype)
+    requests = [
+        Request(
+            prompt(i, 20 + 30 * i), Sampling(max_new_tokens=90 - i, temperature=i % 2 * 0.7, seed=i), ADAPTERS[i % 3]
+        )
+        for i in range(12)
+    ]
+    plain = Engine(model, rows=5, graphs=False).generate(requests)
+    captured = Engine(model, rows=5).generate(requests)
+    assert [[t.id for t in tokens] for tokens in captured] == [[t.id for t in tokens] for tokens in plain]
