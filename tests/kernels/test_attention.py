@@ -39,7 +39,7 @@ def both(way, borders: list[int], heads: tuple[int, int, int], dtype: torch.dtyp
     row = tables(T, heads[2], borders, device)
     found = []
     for function, kind in ((way, dtype), (written_out, torch.float32)):
-        leaf = x.to(kind).requires_grad_()
+        leaf = x.to(kind, copy=True).requires_grad_()
         out = function(leaf * 1, row._replace(cos=row.cos.to(kind), sin=row.sin.to(kind)), heads, heads[2] ** -0.5)
         out.backward(grad.to(kind))
         found.append((out.detach().float(), leaf.grad.float()))
