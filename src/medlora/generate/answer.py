@@ -115,6 +115,10 @@ class Assistant:
             for one, found, took in zip(asked, tokens, seconds, strict=True)
         ]
 
+    def release(self) -> None:
+        """Free what decoding holds, keys and values above all; the next question takes it again."""
+        self.__dict__.pop("_engine", None)
+
     def _request(self, messages: Messages, settings: Sampling, tuned: bool) -> "_Asked":
         prompt = prompt_ids(self.tokenizer, messages)
         context: int = self.model.config.max_position_embeddings

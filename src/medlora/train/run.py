@@ -139,6 +139,7 @@ def _run(prepared: Prepared, folder: Path, record: dict[str, Any], checkpoint: P
     before = record.get("before")
     if recipe.evaluation.before_and_after and before is None:
         before = record["before"] = _measure(recipe, corpus, assistant, "before", tuned=False)
+        assistant.release()
 
     finished = _optimise(prepared, model, engine, folder, record, checkpoint)
     save_adapter(model, prepared.tokenizer, folder / "adapter", prepared.base, recipe.base)
