@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, partialmethod
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 INTERPRETED = not torch.cuda.is_available() and find_spec("triton") is not None
+TRAINING = ("nf4", "rms_norm", "rope", "swiglu", "dropout", "cross_entropy", "fp8")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
 
 if INTERPRETED:
     # Triton decides when a kernel is decorated, so its modules are loaded under the variable; taken away
     # again, it does not send the rest of the test suite through the interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
-    for name in ("nf4", "rms_norm", "rope", "swiglu", "dropout", "cross_entropy", "fp8"):
+    for name in (*TRAINING, "nf4_linear", "decode_attention"):
         import_module(f"medlora.kernels.{name}")
     del os.environ["TRITON_INTERPRET"]
 
@@ -46,6 +47,20 @@ def patch_tensor(tensor: type, scope: Any, original: Callable[[type, Any], None]
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
+def dot(builder: Any, a: Any, b: Any, total: Any, *rest: Any, original: Callable[..., Any]) -> Any:
+    """The interpreter's product, with bf16 operands widened first: it would multiply their bits."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    wide = [
+        TensorHandle(convert(t.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+        if t.dtype.scalar == tl.bfloat16
+        else t
+        for t in (a, b)
+    ]
+    return original(builder, *wide, total, *rest)
+
+
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Send CPU tensors through the interpreter for the length of a test."""
@@ -54,6 +69,8 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         interpreter = import_module("triton.runtime.interpreter")
         monkeypatch.setattr(interpreter, "_convert_float", convert)
+        builder = interpreter.InterpreterBuilder
+        monkeypatch.setattr(builder, "create_dot", partialmethod(dot, original=builder.create_dot))
         patched = partial(patch_tensor, original=interpreter._patch_lang_tensor)
         monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
     yield

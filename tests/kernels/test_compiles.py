@@ -14,6 +14,11 @@ import pytest
 F32 = "*fp32"
 NF4 = {"codes": "*u8", "absmax": F32, "code": F32, "outer": F32, "offset": F32}
 RMS = {"rms": F32, "dw": F32}
+BYTES = {"absmax": "*u8"}
+DECODE = NF4 | {"scaling": F32, "shares": F32, "slots": "*i32", "counters": "*i32"}
+ONE_ROW = dict.fromkeys(("M", "S", "G"), "constexpr")  # Triton makes a constant of every integer that is 1
+PRODUCT = {"LORA": True, "RESIDUAL": True, "ASM": True, "BN": 64, "BR": 64, "STEP": 4}
+PAGED = {"table": "*i32", "lengths": "*i32", "parts": F32, "lse": F32}
 CASES = [  # module, kernel, pointers, constants, warps
     ("nf4", "_dequantize_kernel", NF4, {"DOUBLE": False, "BLOCKS": 64}, 4),
     ("nf4", "_dequantize_kernel", NF4 | {"absmax": "*u8"}, {"DOUBLE": True, "BLOCKS": 64}, 4),
@@ -32,6 +37,28 @@ CASES = [  # module, kernel, pointers, constants, warps
         16,
     ),
     ("fp8", "_quantize_kernel", {"codes": "*fp8e4nv", "scale": F32}, {"BLOCK": 16384}, 16),
+    ("nf4_linear", "_prepare_kernel", DECODE, {"NORM": True, "GATED": False, "CHUNK": 1024, "RANKS": 4}, 4),
+    ("nf4_linear", "_prepare_kernel", DECODE | ONE_ROW, {"NORM": False, "GATED": True, "CHUNK": 1024, "RANKS": 4}, 4),
+    ("nf4_linear", "_product_kernel", DECODE | ONE_ROW, PRODUCT | {"DOUBLE": False, "BM": 8, "SPLIT": 8}, 4),
+    ("nf4_linear", "_product_kernel", DECODE, PRODUCT | {"DOUBLE": False, "BM": 16, "SPLIT": 1}, 2),
+    ("nf4_linear", "_product_kernel", DECODE | BYTES, PRODUCT | {"DOUBLE": True, "BM": 8, "SPLIT": 2}, 4),
+    (
+        "nf4_linear",
+        "_product_kernel",
+        DECODE | dict.fromkeys(("halves", "h", "b", "residual", "y"), F32),
+        PRODUCT | {"DOUBLE": False, "BM": 8, "SPLIT": 8, "ASM": False},
+        4,
+    ),
+    ("decode_attention", "_rope_append_kernel", PAGED, {"HALF": 64}, 1),
+    ("decode_attention", "_attention_kernel", PAGED, {"SHARES": 1, "GROUP": 16, "WIDTH": 128}, 4),
+    (
+        "decode_attention",
+        "_attention_kernel",
+        PAGED | {"out": F32, "group": "constexpr", "pages": "constexpr"},
+        {"SHARES": 8, "GROUP": 16, "WIDTH": 64},
+        4,
+    ),
+    ("decode_attention", "_join_kernel", PAGED, {"SHARES": 9, "COUNT": 16, "WIDTH": 128}, 1),
 ]
 
 
@@ -53,7 +80,8 @@ def main():
         kernel = getattr(import_module(f"medlora.kernels.{module}"), name)
         notes = kernel.fn.__annotations__
         signature = {arg: pointers.get(arg, types[notes[arg]]) for arg in kernel.arg_names}
-        source = triton.compiler.ASTSource(kernel, signature, constants)
+        ones = {arg: 1 for arg, kind in signature.items() if kind == "constexpr" and arg not in constants}
+        source = triton.compiler.ASTSource(kernel, signature, constants | ones)
         triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
 
 

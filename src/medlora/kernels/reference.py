@@ -6,6 +6,8 @@ exact values that tests compare with. All are differentiable by autograd except 
 Shapes: T tokens, D hidden, H heads, d head size, F intermediate, V vocabulary.
 """
 
+# torch leaves Tensor.split untyped
+# mypy: allow-untyped-calls
 from __future__ import annotations
 
 import torch
@@ -138,3 +140,56 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def fp8_matmul(codes: Tensor, scale: Tensor, w_codes: Tensor, w_scale: Tensor) -> Tensor:
     """(codes * scale) [M, K] @ (w_codes * w_scale) [N, K].T in fp32."""
     return (codes.float() @ w_codes.float().T) * scale * w_scale.view(1, -1)
+
+
+def nf4_linear(
+    x: Tensor,
+    w: Tensor,
+    sizes: tuple[int, ...],
+    lora: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """f(x) W' + each row's LoRA term + residual, from weights [N, D] of modules with `sizes` outputs.
+
+    `lora` is (a [S, G R, D], b [S, N, R], scaling [S, G], slots [M], -1 for none); f as in `kernels.nf4_linear`.
+    """
+    inner = swiglu(*x.chunk(2, 1)) if gated else x if norm is None else rms_norm(x, *norm)[0]
+    y = inner.float() @ w.float().T
+    if lora is not None:
+        a, b, scaling, slots = lora
+        slot, G = slots.long().clamp_min(0), len(sizes)
+        h = torch.einsum("md,mrd->mr", inner.float(), a[slot].float()).unflatten(1, (G, -1))
+        h = (h * (scaling[slot] * (slots >= 0)[:, None])[:, :, None]).to(x.dtype).float()
+        parts = zip(h.unbind(1), b[slot].float().split(sizes, 1), strict=True)
+        y = y + torch.cat([torch.einsum("mr,mnr->mn", hg, bg) for hg, bg in parts], 1)
+    return (y if residual is None else y + residual.float()).to(x.dtype)
+
+
+def rope_append(
+    qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor
+) -> Tensor:
+    """Rotate the q and k of one new token a row, write k and v into their pages, return q [B, H, C]."""
+    page, (K, C) = k_cache.shape[1], k_cache.shape[2:]
+    q, k, v = qkv.view(len(qkv), -1, C).split((qkv.shape[1] // C - 2 * K, K, K), 1)
+    at = (lengths.long() - 1).clamp_min(0)
+    q, k = (rotate(x, cos[at], sin[at]) for x in (q, k))
+    rows = torch.nonzero(lengths > 0)[:, 0]
+    pages, at = table[rows, at[rows] // page].long(), at[rows] % page
+    k_cache[pages, at], v_cache[pages, at] = k[rows], v[rows]
+    return q.contiguous()
+
+
+def decode_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """q [B, H, C] over the first lengths[b] positions of each row's pages; zeros where there are none."""
+    out = torch.zeros_like(q)
+    for b, length in enumerate(lengths.tolist()):
+        if length:
+            pages = table[b, : -(-length // k_cache.shape[1])].long()
+            k, v = (cache[pages].flatten(0, 1)[:length].float().transpose(0, 1) for cache in (k_cache, v_cache))
+            rows = q[b].float().view(len(k), -1, q.shape[2])
+            out[b] = ((rows @ k.mT * scale).softmax(-1) @ v).flatten(0, 1).to(q.dtype)
+    return out

@@ -1,0 +1,519 @@
+"""y = f(x) W' + s (f(x) A') B' + residual for a few rows, W read as NF4 codes: the linear layer of a decode step.
+
+Here f is the identity, RMSNorm or SwiGLU; W belongs to the modules that read one input (q, k, v or gate, up), their
+codes end to end; A and B to one of several adapters, chosen row by row, or to none (Hu et al. 2022, arXiv 2106.09685).
+
+Two launches. `_prepare_kernel` applies f once, writes its result apart by the parity of its column, as a byte of codes
+holds an even and an odd weight, and computes h = s f(x) A'. `_product_kernel` gives a program BN outputs and a share
+of the columns: a block of 64 weights of each output is decoded in registers, multiplied on the tensor cores (also for
+one row: the multiplications are then free), and the block's absmax applied to the fp32 result. The last program of a
+tile adds the shares in order, so results do not depend on who came last, then B h and the residual.
+
+What limits it: at 4.2 TB/s a multiprocessor receives about 37 weights a cycle and has 64 integer lanes, so decoding may
+cost 1.7 integer instructions a weight. A table in shared memory (`tl.gather`) costs a load a weight and a second
+pass through shared memory to reach the tensor cores' layout. PRMT instead picks four bytes of eight by four
+nibbles: two for the halves of the table, one to choose, for both bytes of bf16, and a last one to pair them, 2.6
+integer instructions a weight in all, in whatever layout the product wants. Predicted from that: 24 weights a cycle,
+60 to 75 % of an H200's bandwidth, all of an H100's.
+
+Predicted for Llama-2-7B, one row, fp32 absmax, at 4.2 TB/s and at 65 % of it: q, k, v 28.3 MB, 6.7 and 10.4 us; o 9.4
+MB, 2.2 and 3.5 us; gate, up 50.7 MB, 12.1 and 18.6 us; down 25.4 MB, 6.0 and 9.3 us. Not measured yet.
+
+Values of the table are rounded to bf16 and scales are not; bitsandbytes rounds their product instead.
+
+Shapes: M rows, D inputs, N outputs, G modules, R rank, S adapters.
+"""
+
+# torch leaves Tensor.split untyped
+# mypy: allow-untyped-calls
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .dispatch import ceil_div, jit, next_power_of_2, tl, use_triton
+from .nf4 import BLOCKSIZE, OUTER_BLOCKSIZE, DoubleQuant, dequantize_nf4, nf4_values
+
+MAX_ROWS = 16
+MAX_MODULES = 3
+TILE = 16  # a module's outputs come in multiples of this
+PROGRAMS = 528  # programs that fill a GPU of 132 multiprocessors, four on each
+CHUNK = 1024  # columns at once in `_prepare_kernel`
+RANKS = 4  # rows of A a program
+
+
+@dataclass(frozen=True, slots=True)
+class NF4Weights:
+    """Frozen modules that read one input, as one [N, D] in NF4."""
+
+    codes: Tensor
+    """uint8 [N, D // 2], each module's bytes as bitsandbytes holds them."""
+    absmax: Tensor
+    """[N, D // 64], fp32; uint8 with `double`."""
+    sizes: tuple[int, ...]
+    """Outputs of each module."""
+    double: DoubleQuant | None = None
+    """Its offset holds one value a module, [G]."""
+
+    @property
+    def N(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def D(self) -> int:
+        return 2 * self.codes.shape[1]
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], states: Sequence[Any]) -> NF4Weights:
+        """Concatenate copies of bitsandbytes' codes and scales; at load time, for it waits for the device.
+
+        The second quantisation of absmax is kept where its blocks of 256 do not cross modules, else undone.
+
+        Args:
+            weights: `weight.data` of each module, uint8.
+            states: their `quant_state`.
+
+        Raises:
+            ValueError: not NF4 in blocks of 64, more than three modules, or shapes off the kernel's multiples.
+        """
+        sizes, D = tuple(int(state.shape[0]) for state in states), int(states[0].shape[1])
+        if D % BLOCKSIZE or any(N % TILE for N in sizes) or not 1 <= len(sizes) <= MAX_MODULES:
+            raise ValueError(
+                f"weights {[tuple(state.shape) for state in states]}: expected up to {MAX_MODULES} modules with inputs "
+                f"in multiples of {BLOCKSIZE} and outputs in multiples of {TILE}"
+            )
+        codes = torch.cat([weight.reshape(-1, D // 2) for weight in weights])
+        doubles = [DoubleQuant.of(state) for state in states]
+        absmax, double = _joined_scales([state.absmax for state in states], doubles)
+        return cls(codes, absmax.view(-1, D // BLOCKSIZE), sizes, double)
+
+    def parts(self) -> list[Tensor]:
+        """Each module's codes in bitsandbytes' shape [N D / 2, 1], views that can stand in for its own copy."""
+        return [part.view(-1, 1) for part in self.codes.split(self.sizes)]
+
+    def dequantize(self, out: Tensor) -> Tensor:
+        """Write the weights into `out` [N, D] of any float dtype and return it: for more rows than MAX_ROWS."""
+        if self.double is None or len(self.sizes) == 1:
+            return dequantize_nf4(self.codes, self.absmax.flatten(), out, self.double)
+        rows = zip(self.codes.split(self.sizes), *self._split_scales(), out.split(self.sizes), strict=True)
+        for codes, absmax, double, part in rows:
+            dequantize_nf4(codes, absmax.flatten(), part, double)
+        return out
+
+    def _split_scales(self) -> tuple[Sequence[Tensor], list[DoubleQuant]]:
+        code, outer, offset = self.double or (self.absmax,) * 3
+        counts = [N * self.D // BLOCKSIZE // OUTER_BLOCKSIZE for N in self.sizes]
+        doubles = [DoubleQuant(code, *each) for each in zip(outer.split(counts), offset, strict=True)]
+        return self.absmax.split(self.sizes), doubles
+
+
+def _joined_scales(absmax: list[Tensor], doubles: list[DoubleQuant | None]) -> tuple[Tensor, DoubleQuant | None]:
+    nested = [double for double in doubles if double is not None]
+    if len(nested) == len(absmax):
+        aligned = len(absmax) == 1 or all(a.numel() % OUTER_BLOCKSIZE == 0 for a in absmax)
+        if aligned and all(torch.equal(double.code, nested[0].code) for double in nested):
+            outer = torch.cat([double.absmax for double in nested])
+            offset = torch.stack([double.offset.float().reshape(()) for double in nested])
+            return torch.cat(absmax), DoubleQuant(nested[0].code, outer, offset)
+    plain = zip(absmax, doubles, strict=True)
+    return torch.cat([a if d is None else reference.dequantize_absmax(a, *d) for a, d in plain]), None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTerms:
+    """Adapters over an NF4Weights and which of them each row takes."""
+
+    a: Tensor
+    """[S, G R, D], of x's dtype, module after module; a shorter rank is filled up with zeros."""
+    b: Tensor
+    """[S, N, R], of x's dtype."""
+    scaling: Tensor
+    """fp32 [S, G]."""
+    slots: Tensor
+    """int32 [M or more]: the adapter of each row, -1 for none. May be overwritten between launches."""
+
+    @classmethod
+    def stack(
+        cls,
+        adapters: Sequence[Sequence[tuple[Tensor, Tensor, float] | None]],
+        sizes: tuple[int, ...],
+        D: int,
+        slots: Tensor,
+        dtype: torch.dtype,
+    ) -> LoraTerms:
+        """From (a [r, D], b [N_g, r], scaling), or None, of each adapter's modules; copies them."""
+        R = max((part[0].shape[0] for parts in adapters for part in parts if part), default=1)
+        S, G, device = len(adapters), len(sizes), slots.device
+        a = torch.zeros(S, G, R, D, dtype=dtype, device=device)
+        b = torch.zeros(S, sum(sizes), R, dtype=dtype, device=device)
+        scaling = torch.zeros(S, G, device=device)
+        for s, parts in enumerate(adapters):
+            for g, (part, rows) in enumerate(zip(parts, b[s].split(sizes), strict=True)):
+                if part is not None:
+                    a[s, g, : len(part[0])] = part[0]
+                    rows[:, : len(part[0])] = part[1]
+                    scaling[s, g] = part[2]
+        return cls(a.view(S, G * R, D), b, scaling, slots)
+
+
+def _decode_asm() -> str:
+    """PTX: four bytes of codes -> their high nibbles, then their low ones, as bf16 values in four registers.
+
+    A nibble's lower three bits pick a byte of each half of the table, its top bit one of the two picks.
+    """
+    values = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.int16).tolist()
+    lines = [".reg .b32 m, s, h, l, u, v", "and.b32 m, $4, 0x77777777", "shr.b32 s, $4, 1"]
+    lines += ["and.b32 s, s, 0x44444444", "or.b32 s, s, 0x32103210"]
+    for half in range(2):
+        if half:
+            lines += ["shr.b32 m, m, 16", "shr.b32 s, s, 16"]
+        for byte, shift in (("h", 8), ("l", 0)):
+            table = [sum((values[i + j] >> shift & 255) << 8 * j for j in range(4)) for i in (0, 4, 8, 12)]
+            lines += [f"prmt.b32 u, {table[0]:#x}, {table[1]:#x}, m", f"prmt.b32 v, {table[2]:#x}, {table[3]:#x}, m"]
+            lines += [f"prmt.b32 {byte}, u, v, s"]
+        lines += [f"prmt.b32 ${half}, l, h, 0x7351", f"prmt.b32 ${half + 2}, l, h, 0x6240"]
+    return "{ " + "; ".join(lines) + "; }"
+
+
+DECODE_ASM = _decode_asm() if tl is None else tl.constexpr(_decode_asm())
+
+
+@jit
+def _decode(codes: tl.tensor, ASM: tl.constexpr, BN: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Codes [BN, 32] -> the weights of even and of odd columns, bf16 with ASM, else fp32."""
+    if ASM:
+        even, odd = tl.inline_asm_elementwise(
+            DECODE_ASM, "=r,=r,=r,=r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        flat = tl.reshape(codes, (BN * 32,)).to(tl.int32)
+        even = tl.reshape(tl.gather(nf4_values(), flat >> 4, 0), (BN, 32))
+        odd = tl.reshape(tl.gather(nf4_values(), flat & 15, 0), (BN, 32))
+    return even, odd
+
+
+@jit
+def _scales(
+    absmax: tl.tensor, code: tl.tensor, outer: tl.tensor, offset: tl.tensor, at: tl.tensor, DOUBLE: tl.constexpr
+) -> tl.tensor:
+    """fp32 scales of the blocks `at`; `offset` points at the module's own."""
+    if DOUBLE:
+        inner = tl.load(code + tl.load(absmax + at).to(tl.int32))
+        scale = inner * tl.load(outer + at // 256) + tl.load(offset)
+    else:
+        scale = tl.load(absmax + at)
+    return scale
+
+
+@jit
+def _input(
+    x: tl.tensor,
+    norm: tl.tensor,
+    col: tl.tensor,
+    inverse: tl.tensor,
+    D: int,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+) -> tl.tensor:
+    """f(x) of one row at columns `col`, fp32 rounded to x's dtype."""
+    inside = col < D
+    value = tl.load(x + col, inside, other=0.0).to(tl.float32)
+    if NORM:
+        value = (value * inverse).to(x.dtype.element_ty).to(tl.float32)
+        value = value * tl.load(norm + col, inside, other=0.0).to(tl.float32)
+    if GATED:
+        value = value * tl.sigmoid(value) * tl.load(x + D + col, inside, other=0.0).to(tl.float32)
+    return value.to(x.dtype.element_ty).to(tl.float32)
+
+
+@jit
+def _prepare_kernel(
+    x: tl.tensor,
+    norm: tl.tensor,
+    halves: tl.tensor,
+    counters: tl.tensor,
+    a: tl.tensor,
+    scaling: tl.tensor,
+    slots: tl.tensor,
+    h: tl.tensor,
+    x_row: int,
+    M: int,
+    D: int,
+    R: int,
+    G: int,
+    tiles: int,
+    eps: float,
+    NORM: tl.constexpr,
+    GATED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    RANKS: tl.constexpr,
+) -> None:
+    """Row program_id(0): program 0 writes f(x) by parity into halves [2, M, D / 2], the others RANKS of h [M, G R]."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    x += row.to(tl.int64) * x_row
+    chunk = tl.arange(0, CHUNK)
+    inverse = 1.0
+    if NORM:
+        squares = tl.zeros((CHUNK,), tl.float32)
+        for start in range(0, D, CHUNK):
+            value = tl.load(x + start + chunk, start + chunk < D, other=0.0).to(tl.float32)
+            squares += value * value
+        inverse = tl.rsqrt(tl.sum(squares, 0) / D + eps)
+    if part == 0:
+        for start in range(0, D // 2, CHUNK):
+            half = start + chunk
+            to = halves + row * (D // 2) + half
+            even = _input(x, norm, 2 * half, inverse, D, NORM, GATED)
+            odd = _input(x, norm, 2 * half + 1, inverse, D, NORM, GATED)
+            tl.store(to, even.to(halves.dtype.element_ty), half < D // 2)
+            tl.store(to + M * (D // 2), odd.to(halves.dtype.element_ty), half < D // 2)
+        for start in range(0, tiles, CHUNK):
+            tl.store(counters + start + chunk, 0, start + chunk < tiles)
+    else:
+        rank = (part - 1) * RANKS + tl.arange(0, RANKS)
+        slot = tl.load(slots + row)
+        total = tl.zeros((RANKS,), tl.float32)
+        if slot >= 0:
+            rows = a + slot.to(tl.int64) * G * R * D + rank[:, None] * D
+            for start in range(0, D, CHUNK):
+                col = start + chunk
+                value = _input(x, norm, col, inverse, D, NORM, GATED)
+                inside = (rank < G * R)[:, None] & (col < D)[None, :]
+                total += tl.sum(tl.load(rows + col[None, :], inside, other=0.0).to(tl.float32) * value[None, :], 1)
+            total *= tl.load(scaling + slot * G + rank // R, rank < G * R, other=0.0)
+        tl.store(h + row * G * R + rank, total.to(h.dtype.element_ty), rank < G * R)
+
+
+@jit
+def _product_kernel(
+    halves: tl.tensor,
+    codes: tl.tensor,
+    absmax: tl.tensor,
+    code: tl.tensor,
+    outer: tl.tensor,
+    offset: tl.tensor,
+    h: tl.tensor,
+    b: tl.tensor,
+    slots: tl.tensor,
+    residual: tl.tensor,
+    y: tl.tensor,
+    shares: tl.tensor,
+    counters: tl.tensor,
+    residual_row: int,
+    y_row: int,
+    M: int,
+    N: int,
+    D: int,
+    end0: int,
+    end1: int,
+    S: int,
+    R: int,
+    G: int,
+    DOUBLE: tl.constexpr,
+    LORA: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ASM: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+) -> None:
+    """Outputs [pid0 * BN, ...) over share pid1 of SPLIT of the columns, STEP blocks of 64 at once."""
+    tile, share = tl.program_id(0), tl.program_id(1)
+    g = (tile * BN >= end0).to(tl.int32) + (tile * BN >= end1).to(tl.int32)
+    n = tile * BN + tl.arange(0, BN)
+    m = tl.arange(0, BM)
+    byte = tl.arange(0, 32)
+    blocks = D // 64
+    steps = blocks // STEP
+    at_codes = codes + n.to(tl.int64)[:, None] * (D // 2) + byte[None, :]
+    even_x = halves + m[:, None] * (D // 2) + byte[None, :]
+    odd_x = even_x + M * (D // 2)
+    row = (m < M)[:, None]
+    acc = tl.zeros((BN, BM), tl.float32)
+    # A block's scales are asked for while the block before is decoded: only the product's operands are pipelined.
+    first = steps * share // SPLIT * STEP
+    scale = _scales(absmax, code, outer, offset + g, n * blocks + first, DOUBLE)
+    for start in range(first, steps * (share + 1) // SPLIT * STEP, STEP):
+        for i in tl.static_range(STEP):
+            block = start + i
+            packed = tl.load(at_codes + block * 32)
+            following = _scales(absmax, code, outer, offset + g, n * blocks + tl.minimum(block + 1, blocks - 1), DOUBLE)
+            even, odd = _decode(packed, ASM, BN)
+            x_even = tl.load(even_x + block * 32, row, other=0.0).to(even.dtype)
+            x_odd = tl.load(odd_x + block * 32, row, other=0.0).to(odd.dtype)
+            part = tl.dot(even, tl.trans(x_even), input_precision="ieee")
+            part = tl.dot(odd, tl.trans(x_odd), part, input_precision="ieee")
+            acc += part * scale[:, None]
+            scale = following
+
+    last = True
+    if SPLIT > 1:
+        to = shares + n[:, None] * BM + m[None, :]
+        tl.store(to + share * N * BM, acc)
+        tl.debug_barrier()  # every thread's store comes before the program's count
+        last = tl.atomic_add(counters + tile, 1) == SPLIT - 1
+        if last:
+            acc = tl.zeros((BN, BM), tl.float32)
+            for i in range(SPLIT):
+                acc += tl.load(to + i * N * BM, cache_modifier=".cg")
+    if last:
+        if LORA:
+            rank = tl.arange(0, BR)
+            slot = tl.load(slots + m, m < M, other=-1)
+            for s in range(S):
+                mine = slot == s
+                if tl.max(mine.to(tl.int32), 0) > 0:
+                    inside = mine[:, None] & (rank < R)[None, :]
+                    x_h = tl.load(h + m[:, None] * (G * R) + g * R + rank[None, :], inside, other=0.0)
+                    rows = b + (s * N + n)[:, None] * R
+                    w_b = tl.load(rows + rank[None, :], (rank < R)[None, :], other=0.0)
+                    acc = tl.dot(w_b, tl.trans(x_h), acc, input_precision="ieee")
+        inside = (m < M)[None, :] & (n < N)[:, None]
+        if RESIDUAL:
+            acc += tl.load(residual + m[None, :] * residual_row + n[:, None], inside, other=0.0).to(tl.float32)
+        tl.store(y + m[None, :] * y_row + n[:, None], acc.to(y.dtype.element_ty), inside)
+
+
+class Config(NamedTuple):
+    """How `_product_kernel` is cut: outputs a program, shares of the columns, blocks a step, warps, stages."""
+
+    BN: int
+    SPLIT: int
+    STEP: int
+    warps: int
+    stages: int
+
+
+def choose_config(sizes: tuple[int, ...], D: int, M: int) -> Config:
+    """Tiles that do not cross modules, and as many shares as fill the GPU."""
+    BN = next(size for size in (64, 32, 16) if all(N % size == 0 for N in sizes))
+    blocks = D // BLOCKSIZE
+    STEP = next(step for step in (4, 2, 1) if blocks % step == 0)
+    split = min(ceil_div(PROGRAMS, sum(sizes) // BN), max(blocks // STEP // 2, 1))
+    # Above 8 rows, 64 outputs of four warps would go through wgmma, which wants x in another layout: 6.7 rather than
+    # 4.4 instructions a weight.
+    return Config(BN, split, STEP, warps=max(BN // (16 if M <= 8 else 32), 1), stages=3)
+
+
+def nf4_linear(
+    x: Tensor,
+    weights: NF4Weights,
+    lora: LoraTerms | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    gated: bool = False,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """f(x) W' + s (f(x) A') B' + residual -> [M, N] in x's dtype; no gradient. Can be captured in a CUDA graph.
+
+    Args:
+        x: [M, D], or [M, 2 D] with `gated`, 1 <= M <= 16; bf16, or fp32 and fp16 at a lower speed; rows dense.
+        lora: adapters, None for none at all.
+        norm: weight [D] and epsilon of an RMSNorm of x.
+        gated: x holds gate beside up, and f is silu(gate) * up.
+        residual: [M, N]; may be `out`.
+        out: [M, N], rows dense.
+        config: instead of `choose_config`'s.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that do not fit.
+    """
+    M, N, D = len(x), weights.N, weights.D
+    out = x.new_empty(M, N) if out is None else out
+    _check(x, weights, lora, gated, residual, out)
+    if not use_triton(x):
+        return out.copy_(_plain(x, weights, lora, norm, gated, residual))
+    config = config or choose_config(weights.sizes, D, M)
+    halves, counters = x.new_empty(2, M, D // 2), x.new_empty(N // config.BN, dtype=torch.int32)
+    h = _prepare(x, weights, lora, norm, gated, halves, counters)
+    _product(halves, h, weights, lora, residual, out, counters, config)
+    return out
+
+
+def _prepare(
+    x: Tensor,
+    weights: NF4Weights,
+    lora: LoraTerms | None,
+    norm: tuple[Tensor, float] | None,
+    gated: bool,
+    halves: Tensor,
+    counters: Tensor,
+) -> Tensor:
+    M, G = len(x), len(weights.sizes)
+    R = lora.b.shape[2] if lora else 0
+    h = x.new_empty(M, max(G * R, 1))
+    a, scaling, slots = (lora.a, lora.scaling, lora.slots) if lora else (x, x, counters)
+    weight, eps = norm or (x, 0.0)
+    _prepare_kernel[(M, 1 + ceil_div(G * R, RANKS))](
+        x, weight, halves, counters, a, scaling, slots, h, x.stride(0), M, weights.D, R, G, len(counters), eps,
+        NORM=norm is not None, GATED=gated, CHUNK=CHUNK, RANKS=RANKS, num_warps=4,
+    )  # fmt: skip
+    return h
+
+
+def _product(
+    halves: Tensor,
+    h: Tensor,
+    weights: NF4Weights,
+    lora: LoraTerms | None,
+    residual: Tensor | None,
+    y: Tensor,
+    counters: Tensor,
+    config: Config,
+) -> None:
+    (M, N), D, sizes = y.shape, weights.D, weights.sizes
+    BM = 8 if M <= 8 else 16
+    split = config.SPLIT
+    shares = torch.empty(split * N * BM if split > 1 else 1, dtype=torch.float32, device=y.device)
+    code, outer, offset = weights.double or (weights.absmax,) * 3
+    b, slots = (lora.b, lora.slots) if lora else (h, counters)
+    S, R = (b.shape[0], b.shape[2]) if lora else (0, 1)
+    _product_kernel[(N // config.BN, split)](
+        halves, weights.codes, weights.absmax, code, outer, offset, h, b, slots,
+        y if residual is None else residual, y, shares, counters,
+        0 if residual is None else residual.stride(0), y.stride(0), M, N, D, sizes[0], sum(sizes[:2]), S, R, len(sizes),
+        DOUBLE=weights.double is not None, LORA=lora is not None, RESIDUAL=residual is not None,
+        ASM=y.is_cuda and y.dtype == torch.bfloat16, BN=config.BN, BM=BM, BR=max(next_power_of_2(R), 16),
+        STEP=config.STEP, SPLIT=split, num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+
+
+def _plain(
+    x: Tensor,
+    weights: NF4Weights,
+    lora: LoraTerms | None,
+    norm: tuple[Tensor, float] | None,
+    gated: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    w = weights.dequantize(torch.empty(weights.N, weights.D, device=x.device))
+    terms = (lora.a, lora.b, lora.scaling, lora.slots[: len(x)]) if lora else None
+    return reference.nf4_linear(x, w, weights.sizes, terms, norm, gated, residual)
+
+
+def _check(
+    x: Tensor, weights: NF4Weights, lora: LoraTerms | None, gated: bool, residual: Tensor | None, out: Tensor
+) -> None:
+    M, N, D = len(x), weights.N, weights.D
+    if not 1 <= M <= MAX_ROWS or x.shape[1:] != (2 * D if gated else D,):
+        raise ValueError(f"x {tuple(x.shape)}: expected 1 to {MAX_ROWS} rows of {2 * D if gated else D}")
+    for tensor in (out, out if residual is None else residual):
+        if tensor.shape != (M, N) or tensor.dtype != x.dtype or tensor.stride(-1) != 1:
+            raise ValueError(f"out and residual must be {(M, N)} in {x.dtype} with dense rows")
+    if x.stride(-1) != 1:
+        raise ValueError("the rows of x must be dense")
+    if lora is None:
+        return
+    S, GR, G = lora.a.shape[0], len(weights.sizes) * lora.b.shape[2], len(weights.sizes)
+    shapes = (lora.a.shape, lora.b.shape[:2], lora.scaling.shape)
+    if shapes != ((S, GR, D), (S, N), (S, G)) or len(lora.slots) < M or not (lora.a.dtype == lora.b.dtype == x.dtype):
+        raise ValueError(f"adapters a {tuple(lora.a.shape)}, b {tuple(lora.b.shape)} do not fit x and {(N, D)}")

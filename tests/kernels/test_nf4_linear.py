@@ -1,0 +1,177 @@
+import re
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+
+from medlora.kernels import nf4_linear as module
+from medlora.kernels import reference
+from medlora.kernels.nf4_linear import Config, LoraTerms, NF4Weights, choose_config, nf4_linear
+
+
+def quantised(sizes, D, device, double=False):
+    """NF4Weights, and the same weights in fp32 from bitsandbytes, module by module."""
+    made = [
+        bnb.quantize_4bit(torch.randn(N, D).div(D**0.5).to(device), quant_type="nf4", compress_statistics=double)
+        for N in sizes
+    ]
+    return NF4Weights.of(*zip(*made, strict=True)), [bnb.dequantize_4bit(*each) for each in made]
+
+
+def adapters(sizes, D, slots, dtype, device, ranks=(16, 5)):
+    """One adapter on every module, one on the first alone."""
+
+    def part(N, r):
+        return torch.randn(r, D, device=device) / D**0.5, torch.randn(N, r, device=device) / r**0.5, 0.5
+
+    parts = [[part(N, ranks[0]) for N in sizes], [part(sizes[0], ranks[1])] + [None] * (len(sizes) - 1)]
+    return LoraTerms.stack(parts, sizes, D, torch.tensor(slots, dtype=torch.int32, device=device), dtype), parts
+
+
+def expected(x, weights, terms=None, slots=(), norm=None, gated=False, residual=None):
+    """Row by row and module by module in fp32, with what the kernel holds in x's dtype rounded to it."""
+    if norm is not None:
+        x = torch.nn.functional.rms_norm(x.float(), x.shape[1:], eps=norm[1]).to(x.dtype) * norm[0]
+    if gated:
+        gate, up = x.float().chunk(2, 1)
+        x = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+    rows = []
+    for m, row in enumerate(x):
+        outs = [row.float() @ w.float().T for w in weights]
+        for g, part in enumerate(terms[slots[m]] if slots and slots[m] >= 0 else ()):
+            if part:
+                a, b, scaling = part[0].to(x.dtype).float(), part[1].to(x.dtype).float(), part[2]
+                outs[g] = outs[g] + (row.float() @ a.T * scaling).to(x.dtype).float() @ b.T
+        rows.append(torch.cat(outs))
+    y = torch.stack(rows)
+    return y if residual is None else y + residual.float()
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["fp32-scales", "double"])
+@pytest.mark.parametrize(
+    ("M", "sizes", "D"),
+    [(1, (48,), 192), (1, (64, 64), 512), (3, (32, 16, 16), 576), (16, (128,), 256), (9, (80, 80), 64)],
+)
+def test_product(M, sizes, D, double, dtype, device, close):
+    weights, plain = quantised(sizes, D, device, double)
+    x = torch.randn(M, D, device=device).to(dtype)
+    close(nf4_linear(x, weights), expected(x, plain))
+
+
+def test_double_quantisation_is_kept_where_it_can_be(device, close):
+    weights, plain = quantised((256, 128), 128, device, double=True)
+    assert weights.double is not None and weights.absmax.dtype == torch.uint8
+    x = torch.randn(2, 128, device=device)
+    close(nf4_linear(x, weights), expected(x, plain))
+    close(weights.dequantize(torch.empty(384, 128, device=device)), torch.cat(plain))
+    undone, _ = quantised((16, 16), 64, device, double=True)
+    assert undone.double is None and undone.absmax.dtype == torch.float32
+
+
+@pytest.mark.parametrize("slots", [[0], [-1], [1, 0, -1], [-1] * 16, [0, 1] * 8])
+def test_adapters_in_one_batch(slots, dtype, device, close):
+    sizes, D = (64, 32, 32), 256
+    weights, plain = quantised(sizes, D, device)
+    lora, terms = adapters(sizes, D, [*slots, 0], dtype, device)
+    x = torch.randn(len(slots), D, device=device).to(dtype)
+    close(nf4_linear(x, weights, lora), expected(x, plain, terms, slots))
+
+
+@pytest.mark.parametrize("M", [1, 3])
+def test_norm_gate_and_residual(M, dtype, device, close):
+    weights, plain = quantised((64,), 320, device)
+    lora, terms = adapters((64,), 320, [0] * M, dtype, device)
+    wide = torch.randn(M, 700, device=device).to(dtype)  # rows further apart than they are long
+    x, gated, residual = wide[:, :320], wide[:, :640], wide[:, 636:]
+    norm = torch.rand(320, device=device).to(dtype), 1e-5
+    y = nf4_linear(x, weights, lora, norm=norm)
+    close(y, expected(x, plain, terms, [0] * M, norm=norm), roundings=2)  # the norm rounds on both sides
+    wanted = expected(gated, plain, terms, [0] * M, gated=True, residual=residual)
+    assert nf4_linear(gated, weights, lora, gated=True, residual=residual, out=residual) is residual
+    close(residual, wanted)
+
+
+@pytest.mark.parametrize("config", [Config(16, 3, 2, 1, 2), Config(32, 6, 1, 2, 3), Config(64, 1, 1, 4, 3)])
+def test_every_share_counts(config, device, close):
+    weights, plain = quantised((64, 64), 384, device)
+    x = torch.randn(2, 384, device=device)
+    close(nf4_linear(x, weights, config=config), expected(x, plain))
+
+
+def test_reference(dtype, close, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    sizes, D, slots = (32, 16), 128, [1, -1, 0]
+    weights, plain = quantised(sizes, D, "cpu", double=True)
+    lora, terms = adapters(sizes, D, slots, dtype, "cpu")
+    x = torch.randn(3, D).to(dtype)
+    close(nf4_linear(x, weights, lora, residual=x[:, :48]), expected(x, plain, terms, slots, residual=x[:, :48]))
+
+
+def run_ptx(asm, word):
+    """The registers $0 to $3 that a straight line of PTX makes of $4."""
+    registers = {"$4": word}
+
+    def value(name):
+        return registers[name] if name in registers else int(name, 0) & 0xFFFFFFFF
+
+    def prmt(a, b, selector):
+        table = (a | b << 32).to_bytes(8, "little")
+        picks = [selector >> 4 * i & 15 for i in range(4)]
+        assert all(pick < 8 for pick in picks), "the top bit of a selector would copy a sign"
+        return int.from_bytes(bytes(table[pick] for pick in picks), "little")
+
+    operations = {
+        "and": lambda a, b: a & b,
+        "or": lambda a, b: a | b,
+        "shr": lambda a, b: a >> b,
+        "prmt": prmt,
+    }
+    for name, operands in re.findall(r"(\w+)\.b32 ([^;]+);", asm.split("v;", 1)[1]):
+        target, *sources = operands.split(", ")
+        registers[target] = operations[name](*map(value, sources))
+    return [registers[f"${i}"] for i in range(4)]
+
+
+def test_decoding_instructions():
+    """No GPU runs them here, so they are carried out by hand, every byte in every place."""
+    table = torch.tensor(reference.NF4_VALUES).bfloat16()
+    for byte in range(256):
+        codes = [byte, 255 - byte, byte ^ 0x5A, (byte * 7 + 3) % 256]
+        registers = run_ptx(module._decode_asm(), int.from_bytes(bytes(codes), "little"))
+        got = torch.tensor([r >> shift & 0xFFFF for r in registers for shift in (0, 16)], dtype=torch.int32)
+        even, odd = got.to(torch.int16).view(torch.bfloat16).view(2, 4)
+        assert torch.equal(even, table[[c >> 4 for c in codes]])
+        assert torch.equal(odd, table[[c & 15 for c in codes]])
+
+
+def test_configs_fill_the_gpu():
+    for sizes, D in (((4096,) * 3, 4096), ((4096,), 4096), ((11008,) * 2, 4096), ((4096,), 11008), ((576,), 576)):
+        for M in (1, 16):
+            config = choose_config(sizes, D, M)
+            steps = D // 64 // config.STEP
+            assert all(N % config.BN == 0 for N in sizes) and D // 64 % config.STEP == 0
+            assert steps >= config.SPLIT
+            assert max(steps // 2, 1) == config.SPLIT or config.SPLIT * sum(sizes) // config.BN >= 528
+
+
+def test_parts_are_views(device):
+    weights, _ = quantised((32, 16), 64, device)
+    first, second = weights.parts()
+    assert first.shape == (32 * 32, 1) and second.data_ptr() == weights.codes[32:].data_ptr()
+
+
+def test_refuses_what_does_not_fit(device):
+    weights, _ = quantised((64,), 128, device)
+    lora, _ = adapters((64,), 128, [0], torch.float32, device)
+    x = torch.randn(1, 128, device=device)
+    for arguments, message in (
+        ((torch.randn(17, 128, device=device), weights), "1 to 16 rows"),
+        ((torch.randn(1, 64, device=device), weights), "rows of 128"),
+        ((x.bfloat16(), weights, lora), "do not fit"),
+        ((x.expand(2, 128), weights, lora), "do not fit"),
+        ((torch.randn(128, 2, device=device).T, weights), "dense"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nf4_linear(*arguments)
+    with pytest.raises(ValueError, match="multiples of 16"):
+        quantised((40,), 64, device)
