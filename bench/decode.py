@@ -85,13 +85,12 @@ def _modules(arguments: Any) -> list[str]:
     return every if arguments.adapter == "all" else ["q_proj", "v_proj"]
 
 
-def ours(model: Any) -> Generate:
+def ours(model: Any, draft: bool | None) -> Generate:
     from medlora.generate.engine import Engine
     from medlora.generate.request import Request
     from medlora.generate.sampling import Sampling
 
-    engine = Engine(model)
-    print(f"engine: {type(engine.step).__name__}", file=sys.stderr)
+    engine = Engine(model, draft=draft)
 
     def generate(prompts: list[list[int]], tokens: int) -> list[list[int]]:
         requests = [Request(ids, Sampling(max_new_tokens=tokens), "default") for ids in prompts]
@@ -211,7 +210,7 @@ def measure(name: str, generate: Generate, prompts: Prompts, arguments: Any) -> 
 
 def run_side(arguments: Any) -> dict[str, Any]:
     model = load(arguments)
-    generate = ours(model) if arguments.side == "medlora" else theirs(model)
+    generate = ours(model, False if arguments.no_draft else None) if arguments.side == "medlora" else theirs(model)
     prompts = Prompts(model.config.vocab_size)
     results: dict[str, Any] = {}
     for name in arguments.settings.split(","):
@@ -261,6 +260,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--no-draft", action="store_true", help="medlora without prompt lookup")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -289,7 +289,7 @@ def _run(side: str, adapter: str, arguments: Any) -> dict[str, Any]:
     command += ["--model", str(arguments.model)] if arguments.model else []
     for name in ("r", "tokens", "repeats", "requests"):
         command += [f"--{name}", str(getattr(arguments, name))]
-    command += ["--tiny"] if arguments.tiny else []
+    command += [flag for flag, on in (("--tiny", arguments.tiny), ("--no-draft", arguments.no_draft)) if on]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TOKENIZERS_PARALLELISM": "0"})
     if done.returncode:
         return {name: {"error": f"exit status {done.returncode}"} for name in arguments.settings.split(",")}

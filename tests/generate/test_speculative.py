@@ -26,6 +26,13 @@ def answers(model: Any, *, draft: bool, together: bool) -> Found:
     return [[(token.id, token.last, len(token.top)) for token in tokens] for tokens in found]
 
 
+def test_rows_draft_again_when_a_penalised_one_has_left(toy_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Lookup, "draft", lambda self, longest: [5, 6][:longest])
+    requests = [Request([5, 6], Sampling(max_new_tokens=3, repetition_penalty=1.2)), REQUESTS[0]]
+    found = [[token.id for token in row] for row in Engine(toy_model, draft=True).generate(requests)]
+    assert found == [[token.id for token in row] for row in Engine(toy_model, draft=False).generate(requests)]
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_drafted_answers_equal_undrafted_ones_token_by_token(
     toy_model: Any, monkeypatch: pytest.MonkeyPatch, together: bool

@@ -8,11 +8,13 @@ device's; a row that turns out to have ended leaves one token that nobody looks 
 before the next step (constraints, drafts) and on a CPU, where nothing would hide, steps and reading alternate.
 """
 
+# torch leaves Event untyped
+# mypy: allow-untyped-calls
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +47,8 @@ class Flight:
 
     rows: Sequence[Row]
     drafts: Sequence[Sequence[int]]
-    tokens: Tensor
-    logprobs: tuple[Tensor, Tensor, Tensor] | None
+    land: Callable[[], list[list[Any]]]
+    """Waits; then the tokens and, where they are wanted, the three parts of `log_probabilities`."""
     began: float
 
 
@@ -176,13 +178,13 @@ class Batch:
         tokens = choose(scores, controls, uniform)
         if not any(drafts):
             self.last[group.seats] = tokens
-        if self.seen is not None:
-            self.seen[group.seats, tokens] = True
+            if self.seen is not None:
+                self.seen[group.seats, tokens] = True
         for row in rows:
             row.launched += 1
         wanted = [row.request.settings.logprobs for row in rows if row.request.settings.logprobs is not None]
-        report = log_probabilities(logits, tokens, max(wanted)) if wanted else None
-        return Flight(rows, drafts, tokens, report, began)
+        report = log_probabilities(logits, tokens, max(wanted)) if wanted else ()
+        return Flight(rows, drafts, _departed(tokens, *report), began)
 
     def _penalised(self, rows: Sequence[Row], logits: Tensor, group: Group) -> Tensor:
         if self.seen is None:
@@ -202,8 +204,8 @@ class Batch:
 
     def _land(self, flight: Flight) -> list[Token]:
         """Read a flight's tokens; rows that end leave."""
-        tokens = flight.tokens.tolist()  # the one wait of a step
-        reports = list(zip(*(t.tolist() for t in flight.logprobs), strict=True)) if flight.logprobs else None
+        tokens, *report = flight.land()  # the one wait of a step
+        reports = list(zip(*report, strict=True))
         landed: list[Token] = []
         place = 0
         for row, draft in zip(flight.rows, flight.drafts, strict=True):
@@ -226,6 +228,21 @@ class Batch:
         self.running.remove(row)
         self.seats.append(row.seat)
         self.cache.give(row.held, [*row.request.ids, *row.tokens[:-1]])
+
+
+def _departed(*tensors: Tensor) -> Callable[[], list[list[Any]]]:
+    """Copies set out for the host now, so that reading them does not wait for what is launched later."""
+    if not tensors[0].is_cuda:
+        return lambda: [tensor.tolist() for tensor in tensors]
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    here = torch.cuda.Event()
+    here.record()
+
+    def land() -> list[list[Any]]:
+        here.synchronize()
+        return [copy.tolist() for copy in copies]
+
+    return land
 
 
 def _passes(rows: Sequence[Row]) -> Iterator[list[tuple[Row, Span]]]:
