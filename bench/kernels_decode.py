@@ -56,6 +56,7 @@ def variants(shape: Shape, M: int) -> Iterator[Config]:
     yield Config(BN, max(split // 2, 1), step, warps, stages)
     yield Config(BN, split, step, warps, stages + 1)
     yield Config(BN, split, step, max(warps // 2, 1), stages)
+    yield Config(2 * BN, split, step, warps, stages)
     yield Config(2 * BN, split, step, 2 * warps, stages)
     if split * 2 <= shape.D // 64 // step:
         yield Config(BN, split * 2, step, warps, stages)
@@ -113,7 +114,7 @@ def bitsandbytes_call(weights: NF4Weights, x: Tensor) -> Callable[[], Any]:
     code = torch.tensor(reference.NF4_VALUES, device=x.device)
     states = [
         bnb.QuantState(absmax.flatten(), torch.Size((N, weights.D)), code, 64, "nf4", x.dtype)
-        for N, absmax in zip(weights.sizes, torch.split(weights.absmax, weights.sizes), strict=True)
+        for N, absmax in zip(weights.sizes, torch.split(weights.absmax, list(weights.sizes)), strict=True)
     ]
     pairs = list(zip(weights.parts(), states, strict=True))
     return lambda: [matmul_4bit(x, codes.t(), state) for codes, state in pairs]

@@ -175,3 +175,21 @@ def test_refuses_what_does_not_fit(device):
             nf4_linear(*arguments)
     with pytest.raises(ValueError, match="multiples of 16"):
         quantised((40,), 64, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_replays_with_new_rows_and_adapters(close):
+    sizes, D = (64, 64), 512
+    weights, plain = quantised(sizes, D, "cuda")
+    lora, terms = adapters(sizes, D, [0, 0, 0], torch.bfloat16, "cuda")
+    x = torch.zeros(3, D, device="cuda", dtype=torch.bfloat16)
+    nf4_linear(x, weights, lora)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = nf4_linear(x, weights, lora)
+    for slots in ([0, 1, -1], [-1, -1, 0]):
+        x.copy_(torch.randn(3, D))
+        lora.slots.copy_(torch.tensor(slots, dtype=torch.int32))
+        graph.replay()
+        close(y, expected(x, plain, terms, slots))
