@@ -35,7 +35,8 @@ import torch
 
 SIDES = ("medlora", "transformers", "unsloth")
 ADAPTERS = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}
-SETTINGS = ("1", "8", "64", "first", "long", "many")
+SETTINGS = ("1", "first", "long", "8", "64", "many")
+"""In this order: what a large batch takes, the engine holds on to."""
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 """Prompts of one length and how many tokens each gets -> the tokens."""
 
