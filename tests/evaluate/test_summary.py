@@ -82,6 +82,14 @@ def test_items_of_a_topic_are_one_unit(evaluation: Path) -> None:
     assert with_topics["high"] - with_topics["low"] > 2 * (without["high"] - without["low"])
 
 
+def test_from_too_few_topics_nothing_is_concluded(tmp_path: Path) -> None:
+    nll = np.linspace(28, 32, 12)
+    store(tmp_path, "loss", "untuned", "loss", losses(nll, 3))
+    store(tmp_path, "loss", "tuned", "loss", losses(nll - 5, 3))
+    row = next(line for line in describe(summarize(tmp_path)) if "nats" in line)
+    assert row.count("[too few]") == 3 and row.endswith("no difference shown")  # and no number of items that would do
+
+
 def test_the_summary_is_written_beside_the_items_and_says_the_same(evaluation: Path) -> None:
     summary = summarize(evaluation)
     assert json.loads((evaluation / "summary.json").read_text()) == json.loads(json.dumps(summary))

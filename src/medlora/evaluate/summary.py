@@ -155,7 +155,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     medical = {name: task for name, task in summary["tasks"].items() if not task["general"]}
     general = {name: task for name, task in summary["tasks"].items() if task["general"]}
-    for title, tasks in (("Medical", medical), ("Forgetting: general text and questions", general)):
+    for title, tasks in (("Medical", medical), ("Forgetting: general items", general)):
         if tasks:
             heads = ("untuned", "tuned", "difference")
             lines += ["", f"{title:<32}" + "".join(f"{head:<26}" for head in heads) + "verdict"]
@@ -196,5 +196,6 @@ def _rows(kind: str, entries: dict[str, Entry]) -> list[str]:
 def words(entry: Entry) -> str:
     """The verdict; where no difference is shown, also the items that would show one as large as this."""
     said = str(entry.get("verdict", ""))
-    needed = entry.get("items_needed")
+    measured = (entry.get("difference") or {"low": None})["low"] is not None
+    needed = entry.get("items_needed") if measured else None
     return f"{said} (about {needed:,} items would)" if said.startswith("no") and needed else said
