@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,17 @@ quiet()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+KERNELS = (
+    "nf4", "rms_norm", "rope", "swiglu", "dropout", "cross_entropy", "fp8", "nf4_linear", "decode_attention",
+)  # fmt: skip
+if not torch.cuda.is_available() and find_spec("triton"):
+    # Triton decides when a kernel is decorated, so the kernels are loaded under the variable before any test module
+    # is; taken away again, it does not send the rest of the suite through the interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+    for kernel in KERNELS:
+        import_module(f"medlora.kernels.{kernel}")
+    del os.environ["TRITON_INTERPRET"]
 
 TEXTS = [
     "Ascariasis is an infection of the intestine by the roundworm Ascaris lumbricoides.",

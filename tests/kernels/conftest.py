@@ -13,16 +13,7 @@ import torch
 from torch import Tensor
 
 INTERPRETED = not torch.cuda.is_available() and find_spec("triton") is not None
-TRAINING = ("nf4", "rms_norm", "rope", "swiglu", "dropout", "cross_entropy", "fp8")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
-
-if INTERPRETED:
-    # Triton decides when a kernel is decorated, so its modules are loaded under the variable; taken away
-    # again, it does not send the rest of the test suite through the interpreter.
-    os.environ["TRITON_INTERPRET"] = "1"
-    for name in (*TRAINING, "nf4_linear", "decode_attention"):
-        import_module(f"medlora.kernels.{name}")
-    del os.environ["TRITON_INTERPRET"]
 
 
 def convert(values: np.ndarray, source: object, target: object, _mode: object) -> np.ndarray:
@@ -85,7 +76,7 @@ def device() -> torch.device:
         from medlora.kernels.swiglu import _forward_kernel
 
         if type(_forward_kernel).__name__ != "InterpretedFunction":
-            pytest.fail("kernels were imported before TRITON_INTERPRET=1 was set: run tests/kernels alone")
+            pytest.fail("kernels were imported before TRITON_INTERPRET=1 was set (tests/conftest.py does)")
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
