@@ -1,6 +1,5 @@
 """Kernels are tested on CUDA where there is one, and elsewhere on the CPU through Triton's interpreter."""
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial, partialmethod
 from importlib import import_module
