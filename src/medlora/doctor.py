@@ -8,9 +8,8 @@ import torch
 
 from medlora import assets
 from medlora.errors import RecipeError
-from medlora.model.base import load_config
+from medlora.model.base import FAMILIES, load_config
 from medlora.model.load import compute_dtype, device
-from medlora.model.packed import FAMILIES
 from medlora.model.plan import Shape, Work, capacity_of, choose, plans, table
 from medlora.recipe import Base, Recipe
 from medlora.train.manifest import versions

@@ -6,9 +6,11 @@ using Bayesian binning"; Guo et al. 2017, arXiv:1706.04599.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from medlora.evaluate.summary import Side
 
 Item = dict[str, Any]
 BINS = 10
@@ -22,6 +24,31 @@ class Bin:
     confidence: float
     """Mean over the bin's items."""
     accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """How well one side knows when it is right on one task."""
+
+    task: str
+    side: str
+    bins: list[Bin]
+    error: float
+    """Expected calibration error."""
+    coverage: dict[float, float]
+    confident_errors: list[Item]
+
+
+def calibrate(tasks: Mapping[str, Mapping[str, Side]]) -> list[Calibration]:
+    """Of every multiple-choice task and side of an evaluation, as `summary.read` gives them."""
+    found = []
+    for task, sides in tasks.items():
+        for name, side in sides.items():
+            if side.header["kind"] == "choice":
+                items = list(side.items.values())
+                error, coverage = expected_calibration_error(items), accuracy_at_coverage(items)
+                found.append(Calibration(task, name, reliability(items), error, coverage, confident_errors(items)))
+    return found
 
 
 def confidence(item: Item) -> float:

@@ -10,16 +10,11 @@ from typing import Any
 from medlora import __version__
 from medlora.data.build import read_records
 from medlora.errors import DataError
-from medlora.evaluate.calibration import (
-    accuracy_at_coverage,
-    confident_errors,
-    expected_calibration_error,
-    reliability,
-)
+from medlora.evaluate.calibration import calibrate
 from medlora.evaluate.overlap import N, overlap
 from medlora.evaluate.score import score_task
 from medlora.evaluate.store import Store
-from medlora.evaluate.summary import read
+from medlora.evaluate.summary import FOLDER, OVERLAP, SIDES, read
 from medlora.evaluate.tasks import NAMES, OWN, load_task
 from medlora.evaluate.tasks.base import Choice, Passage, Task
 from medlora.generate.answer import Assistant
@@ -28,7 +23,6 @@ from medlora.recipe import Recipe, load_recipe
 from medlora.train import manifest as manifests
 
 Say = Callable[[str], None]
-FOLDER, OVERLAP = "evaluation", "overlap.json"
 
 
 def evaluate(
@@ -68,7 +62,7 @@ def evaluate(
     assistant = Assistant.load(adapter)
     sha = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     for task in loaded:
-        for side in ("untuned", "tuned"):
+        for side in SIDES:
             header = {
                 "task": task.name, "side": side, "kind": task.kind, "settings": task.settings,
                 "medlora": __version__, "model": record["base"]["model"],
@@ -133,14 +127,11 @@ def _text(item: Choice | Passage) -> str:
 def calibration(folder: Path) -> dict[str, dict[str, Any]]:
     """{multiple-choice task: {side: {"ece", "reliability", "accuracy_at_coverage", "confident_errors"}}}."""
     found: dict[str, dict[str, Any]] = {}
-    for task, sides in read(folder).items():
-        for name, side in sides.items():
-            if side.header["kind"] == "choice":
-                items = list(side.items.values())
-                found.setdefault(task, {})[name] = {
-                    "ece": expected_calibration_error(items),
-                    "reliability": [asdict(one) for one in reliability(items)],
-                    "accuracy_at_coverage": accuracy_at_coverage(items),
-                    "confident_errors": [item["id"] for item in confident_errors(items)],
-                }
+    for one in calibrate(read(folder)):
+        found.setdefault(one.task, {})[one.side] = {
+            "ece": one.error,
+            "reliability": [asdict(each) for each in one.bins],
+            "accuracy_at_coverage": one.coverage,
+            "confident_errors": [item["id"] for item in one.confident_errors],
+        }
     return found

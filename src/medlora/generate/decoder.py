@@ -23,7 +23,7 @@ from medlora.generate.weights import Choice, Nf4, Norm, Projection, Unknown, wei
 from medlora.kernels.attention import Documents, attention
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.rope import rope_
-from medlora.model.packed import FAMILIES
+from medlora.model.base import FAMILIES
 
 MOVING_ROPE = ("dynamic", "longrope")  # tables that change with the length
 

@@ -14,6 +14,9 @@ from medlora.errors import ModelError
 from medlora.privacy import is_offline
 from medlora.recipe import EMBEDDED, Base
 
+FAMILIES = ("llama", "mistral")
+"""Model types of the LLaMA family, whose layers medlora computes itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:

@@ -1,9 +1,8 @@
 """Load a base in 4-bit NF4 (Dettmers et al. 2023, arXiv:2305.14314).
 
 On a GPU bitsandbytes keeps the 4-bit codes, read straight onto the card by `stream`, and every product dequantises
-them. On a CPU memory is not the
-bottleneck and the dequantisation is: each weight is rounded to NF4 once, by bitsandbytes' own quantiser, and kept
-dequantised. Both hold the same values.
+them. On a CPU memory is not the bottleneck and the dequantisation is: each weight is rounded to NF4 once, by
+bitsandbytes' own quantiser, and kept dequantised. Both hold the same values.
 """
 
 import sys

@@ -19,10 +19,10 @@ from medlora.data.prompts import IGNORE, Example
 from medlora.kernels import cpu
 from medlora.kernels.attention import by_document
 from medlora.kernels.cross_entropy import linear_cross_entropy
+from medlora.model.base import FAMILIES
 from medlora.model.fused import Fused, Recompute
 from medlora.model.group import Unfusable
 
-FAMILIES = ("llama", "mistral")
 ATTENTION = "medlora_varlen"
 Batch = dict[str, Any]
 

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 
 from medlora.assets import home
 from medlora.errors import ModelError
-from medlora.model.base import Resolved, _shards, check_safetensors, fingerprint, load_config
+from medlora.model.base import FAMILIES, Resolved, _shards, check_safetensors, fingerprint, load_config
 from medlora.privacy import is_offline
 
-FAMILIES = ("llama", "mistral")
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8, "I64": torch.int64,
 }  # fmt: skip

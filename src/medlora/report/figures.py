@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from medlora.evaluate.calibration import Calibration
 from medlora.evaluate.metrics import METRICS
-from medlora.report.run import Calibration, RunData
+from medlora.report.run import RunData
 
 INK = "#0b0c0d"  # stands for the colour of the text
 BLUE, ORANGE = "#3b7dd8", "#d9730d"

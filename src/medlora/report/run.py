@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from medlora.errors import RunError
-from medlora.evaluate import calibration, summary
+from medlora.evaluate import summary
+from medlora.evaluate.calibration import Calibration, calibrate
 from medlora.evaluate.summary import SIDES, Side
 from medlora.train import manifest as manifests
 
@@ -23,17 +24,6 @@ class Pair:
     reference: str | None
     untuned: Item | None
     tuned: Item | None
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    task: str
-    side: str
-    bins: list[calibration.Bin]
-    error: float
-    """Expected calibration error."""
-    coverage: dict[float, float]
-    confident_errors: list[Item]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +65,7 @@ def read_run(folder: Path) -> RunData:
         found,
         spread(answered, SHOWN) or _told(manifest),
         _worst(answered),
-        [_calibration(task, side, s) for task, sides in tasks.items() for side, s in _choices(sides)],
+        calibrate(tasks),
     )
 
 
@@ -86,16 +76,6 @@ def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
 
 def _kind(sides: dict[str, Side]) -> str:
     return str(next(iter(sides.values())).header["kind"])
-
-
-def _choices(sides: dict[str, Side]) -> list[tuple[str, list[Item]]]:
-    return [(name, list(sides[name].items.values())) for name in SIDES if name in sides and _kind(sides) == "choice"]
-
-
-def _calibration(task: str, side: str, items: list[Item]) -> Calibration:
-    error = calibration.expected_calibration_error(items)
-    coverage = calibration.accuracy_at_coverage(items)
-    return Calibration(task, side, calibration.reliability(items), error, coverage, calibration.confident_errors(items))
 
 
 def _pairs(sides: dict[str, Side]) -> list[Pair]:
