@@ -67,8 +67,9 @@ def test_rows_have_one_bos_and_a_trained_eos(llama_folder: Path, wiki: Path) -> 
 def test_on_a_gpu_the_base_stays_in_four_bits(llama_folder: Path, wiki: Path, tmp_path: Path) -> None:
     recipe = load_recipe(
         "recipes/llama2-medical.yaml",
-        [f"base.model={llama_folder}", f"data.path={wiki}", "data.max_length=200", "training.max_steps=4"],
-    )
+        [f"base.model={llama_folder}", f"data.path={wiki}", "data.max_length=200", "training.max_steps=4",
+         "data.valid_fraction=0.1"],
+    )  # fmt: skip
     prepared = run.prepare(recipe)
     from medlora.model.load import load_model
 

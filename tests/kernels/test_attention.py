@@ -67,8 +67,7 @@ def test_documents_of_any_length(borders):
 @pytest.mark.parametrize(
     "borders", [[0, 512, 1024], [0, 2048, 4096], [0, 768], [0, 100, 612, 700]], ids=["dense", "long", "one", "ragged"]
 )
-def test_on_a_gpu_the_kernels_give_the_same(borders, heads, monkeypatch):
-    monkeypatch.setenv("MEDLORA_UNPROVEN", "1")
+def test_on_a_gpu_the_kernels_give_the_same(borders, heads):
     (out, grad), (expected, expected_grad) = both(attention, borders, heads, torch.bfloat16, "cuda")
     assert out.isfinite().all() and grad.isfinite().all()
     assert (out - expected).norm() < 0.01 * expected.norm()

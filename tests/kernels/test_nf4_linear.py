@@ -28,8 +28,21 @@ def adapters(sizes, D, slots, dtype, device, ranks=(16, 5)):
     return LoraTerms.stack(parts, sizes, D, torch.tensor(slots, dtype=torch.int32, device=device), dtype), parts
 
 
+def held(x, weights):
+    """The weights as a GPU's kernels hold them beside bfloat16: scales in fp32, the table's values rounded."""
+    if not (x.is_cuda and x.dtype == torch.bfloat16):
+        return weights
+    blocks = [w.view(-1, 64) for w in weights]
+    scales = [block.abs().amax(1, keepdim=True) for block in blocks]
+    return [
+        ((block / scale).bfloat16().float() * scale).view_as(w)
+        for w, block, scale in zip(weights, blocks, scales, strict=True)
+    ]
+
+
 def expected(x, weights, terms=None, slots=(), norm=None, gated=False, residual=None):
     """Row by row and module by module in fp32, with what the kernel holds in x's dtype rounded to it."""
+    weights = held(x, weights)
     if norm is not None:
         x = torch.nn.functional.rms_norm(x.float(), x.shape[1:], eps=norm[1]).to(x.dtype) * norm[0]
     if gated:
@@ -50,7 +63,15 @@ def expected(x, weights, terms=None, slots=(), norm=None, gated=False, residual=
 @pytest.mark.parametrize("double", [False, True], ids=["fp32-scales", "double"])
 @pytest.mark.parametrize(
     ("M", "sizes", "D"),
-    [(1, (48,), 192), (1, (64, 64), 512), (3, (32, 16, 16), 576), (16, (128,), 256), (9, (80, 80), 64)],
+    [
+        (1, (48,), 192),
+        (1, (64, 64), 512),
+        (3, (32, 16, 16), 576),
+        (16, (128,), 256),
+        (9, (80, 80), 64),
+        (2, (4096, 48), 2304),
+        (7, (64,), 4352),
+    ],
 )
 def test_product(M, sizes, D, double, dtype, device, close):
     weights, plain = quantised(sizes, D, device, double)

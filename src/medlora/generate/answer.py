@@ -23,7 +23,6 @@ from medlora.generate.request import Request, Token
 from medlora.generate.sampling import Sampler, Sampling, log_probabilities
 from medlora.generate.text import Text
 from medlora.generate.weights import Unknown
-from medlora.kernels.dispatch import unproven
 from medlora.model.adapter import base_of, load_adapter
 from medlora.model.base import load_tokenizer, resolve
 from medlora.model.load import load_model
@@ -146,8 +145,6 @@ class Assistant:
     @cached_property
     def _engine(self) -> Engine | str:
         """Made at the first question: a model that is only trained needs none."""
-        if self.model.device.type == "cuda" and not unproven():
-            return "no GPU has run the decoder yet; MEDLORA_UNPROVEN=1 lets it serve"
         try:
             return Engine(self.model)
         except Unknown as reason:

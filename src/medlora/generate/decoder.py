@@ -174,7 +174,7 @@ class Pass:
             attend(q[start : start + span.new], *cache.rows(layer, span.blocks, span.past + span.new), self.scale)
             for span, start in zip(self.spans, self.borders, strict=False)
         ]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(len(qkv), -1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(len(qkv), -1)
 
     def _append(self, cache: Cache, layer: int, k: Tensor, v: Tensor) -> None:
         cache.k[layer].flatten(0, 1).index_copy_(0, self.where, k)

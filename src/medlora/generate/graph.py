@@ -12,6 +12,7 @@ keys before any row looks.
 # torch leaves Stream untyped
 # mypy: allow-untyped-calls
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,14 +81,15 @@ class Steps:
     def __init__(self, decoder: Decoder, cache: Cache, *, graphs: bool = True) -> None:
         self.decoder, self.cache, self.graphs = decoder, cache, graphs
         self.ready: dict[tuple[int, int], tuple[Single, Callable[[], Tensor]]] = {}
-        self.pool = torch.cuda.graph_pool_handle() if graphs else None
-        self.grown = cache.grown
+        self.pool: Any = None
+        self.grown = -1
 
     def __call__(self, tokens: Tensor, spans: Sequence[Span], slots: Sequence[int]) -> Tensor:
         """Logits [T, V] float32, to be read before the next step; arguments as `Single.fill`."""
         if self.grown != self.cache.grown:  # graphs hold the pools' addresses
             self.ready.clear()
             self.grown = self.cache.grown
+            self.pool = torch.cuda.graph_pool_handle() if self.graphs else None  # one ends with the last of its graphs
         longest = max(ceil_div(span.past + span.new, BLOCK) for span in spans)
         size = next_power_of_2(len(tokens)), max(next_power_of_2(longest), NARROWEST)
         if size not in self.ready:

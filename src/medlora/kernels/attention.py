@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .dispatch import unproven
 from .rope import rope, rope_, rope_back
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -113,7 +112,7 @@ def _is_dense(qkv: Tensor, row: Documents) -> bool:
     """Whether a Hopper card takes the row as a batch of documents of one length."""
     alike = all(stop - start == row.longest for start, stop in pairwise(row.borders))
     fit = alike and row.longest % DENSE_MULTIPLE == 0 and row.longest > DENSE_MULTIPLE
-    return fit and unproven() and torch.cuda.get_device_capability(qkv.device)[0] == 9
+    return fit and torch.cuda.get_device_capability(qkv.device)[0] == 9
 
 
 def _heads(qkv: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:

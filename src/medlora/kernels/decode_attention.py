@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .cuda import early_start
 from .dispatch import ceil_div, jit, next_power_of_2, tl, use_triton
 
 PAGE = 64  # positions
@@ -42,8 +43,12 @@ def _rope_append_kernel(
     K: int,
     half: int,
     HALF: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Head program_id(1) of row program_id(0): the H of q, then the K of k, then those of v."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(lengths + row) - 1
     col = tl.arange(0, HALF)
@@ -94,11 +99,15 @@ def _attention_kernel(
     SHARES: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """Key head program_id(1) of row program_id(0) over share program_id(2) of `pages` pages.
 
     Writes out [B, H, SHARES, C], fp32 where there are several shares, and lse [B, H, SHARES] then.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     start = share * pages * 64
@@ -145,8 +154,12 @@ def _join_kernel(
     SHARES: tl.constexpr,
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """One head of one row: shares weighted by exp(lse); those beyond the row's length were not written."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     head = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + head // H)
     share, col = tl.arange(0, COUNT), tl.arange(0, WIDTH)
@@ -185,7 +198,7 @@ def rope_append(
     q = qkv.new_empty(B, H, C)
     _rope_append_kernel[(B, H + 2 * K)](
         qkv, cos, sin, k_cache, v_cache, table, lengths, q, qkv.stride(0), cos.stride(0), sin.stride(0),
-        table.stride(0), H, K, C // 2, HALF=next_power_of_2(C // 2), num_warps=1,
+        table.stride(0), H, K, C // 2, HALF=next_power_of_2(C // 2), num_warps=1, **early_start(qkv),
     )  # fmt: skip
     return q
 
@@ -220,12 +233,13 @@ def decode_attention(
     blocks = table.shape[1]
     pages = ceil_div(blocks, min(blocks, ceil_div(PROGRAMS, B * K)))
     shares = ceil_div(blocks, pages)
-    width, group = next_power_of_2(C), H // K
+    width, group = max(next_power_of_2(C), 16), H // K
     parts = out if shares == 1 else torch.empty(B, H, shares, C, dtype=torch.float32, device=q.device)
     lse = torch.empty(B * H * shares, dtype=torch.float32, device=q.device)
     _attention_kernel[(B, K, shares)](
         q, k_cache, v_cache, table, lengths, parts, lse, table.stride(0), K, group, C, pages, scale,
         SHARES=shares, GROUP=max(next_power_of_2(group), 16), WIDTH=width, num_warps=4, num_stages=2,
+        **early_start(q),
     )  # fmt: skip
     if shares > 1:
         _join_kernel[(B * H,)](
@@ -240,6 +254,7 @@ def decode_attention(
             COUNT=next_power_of_2(shares),
             WIDTH=width,
             num_warps=1,
+            **early_start(q),
         )
     return out
 

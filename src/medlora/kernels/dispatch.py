@@ -24,7 +24,7 @@ if TYPE_CHECKING or find_spec("triton"):
 else:
     triton = tl = None
 
-__all__ = ["ceil_div", "jit", "next_power_of_2", "row_launch", "same_layout", "tl", "unproven", "use_triton"]
+__all__ = ["ceil_div", "jit", "next_power_of_2", "row_launch", "same_layout", "tl", "use_triton"]
 
 MAX_ROW = 65536  # elements a program may hold in registers: 128 a thread at 16 warps
 
@@ -38,14 +38,6 @@ def use_triton(tensor: Tensor) -> bool:
     if triton is None:
         return False
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def unproven() -> bool:
-    """Whether paths that no GPU has run yet may serve: MEDLORA_UNPROVEN=1, for whoever measures them.
-
-    They are the dense attention of equal documents and the decoder's GPU step.
-    """
-    return os.environ.get("MEDLORA_UNPROVEN") == "1"
 
 
 def jit(kernel: Callable[..., Any], **options: Any) -> Any:

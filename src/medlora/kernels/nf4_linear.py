@@ -3,24 +3,19 @@
 Here f is the identity, RMSNorm or SwiGLU; W belongs to the modules that read one input (q, k, v or gate, up), their
 codes end to end; A and B to one of several adapters, chosen row by row, or to none (Hu et al. 2022, arXiv 2106.09685).
 
-Two launches. `_prepare_kernel` applies f once, writes its result apart by the parity of its column, as a byte of codes
-holds an even and an odd weight, and computes h = s f(x) A'. `_product_kernel` gives a program BN outputs and a share
-of the columns: a block of 64 weights of each output is decoded in registers, multiplied on the tensor cores (also for
-one row: the multiplications are then free), and the block's absmax applied to the fp32 result. The last program of a
-tile adds the shares in order, so results do not depend on who came last, then B h and the residual.
+Two launches. `_prepare_kernel` applies f once and computes h = s f(x) A'. Then one of two products, which decode blocks
+of 64 weights in registers, multiply on the tensor cores (also for one row: the multiplications are then free) and apply
+a block's absmax to the fp32 result:
 
-What limits it: at 4.2 TB/s a multiprocessor receives about 37 weights a cycle and has 64 integer lanes, so decoding may
-cost 1.7 integer instructions a weight. A table in shared memory (`tl.gather`) costs a load a weight and a second
-pass through shared memory to reach the tensor cores' layout. PRMT instead picks four bytes of eight by four
-nibbles: two for the halves of the table, one to choose, for both bytes of bf16, and a last one to pair them, 2.6
-integer instructions a weight, in whatever layout the product wants. The loop compiled for sm_90 has 3.0 of them and
-5.4 of all kinds a weight, 80 registers, no spills (64 outputs, 4 warps, one row). Predicted from that: 21 weights a
-cycle, about two thirds of an H200's bandwidth and most of an H100's.
+- nf4_linear.cu, in bfloat16 where D is a multiple of 256: two weights a look-up in a table in shared memory.
+- `_product_kernel`, anywhere that Triton runs: its programs split the columns, and the last one of a tile adds the
+  shares in order, so results do not depend on who came last. PRMT picks four bytes of eight by four nibbles: 2.6
+  integer instructions a weight, whose units work at half rate, and that is its limit.
 
-Predicted for Llama-2-7B, one row, fp32 absmax, at 4.2 TB/s and at 65 % of it: q, k, v 28.3 MB, 6.7 and 10.4 us; o 9.4
-MB, 2.2 and 3.5 us; gate, up 50.7 MB, 12.1 and 18.6 us; down 25.4 MB, 6.0 and 9.3 us. Not measured yet.
+Measured on an H200, Llama-2-7B's shapes, one row with an adapter of rank 64 (`bench/kernels_decode.py`): q, k, v 18.9 us
+(Triton 30.7), o 10.6 (16.6), gate and up 29.6 (44.6), down 20.3 (31.4). The bytes alone take 7, 3, 13 and 7 us.
 
-Values of the table are rounded to bf16 and scales are not; bitsandbytes rounds their product instead.
+In bfloat16 the table's values are rounded to bf16 and scales are not; bitsandbytes rounds their product instead.
 
 Shapes: M rows, D inputs, N outputs, G modules, R rank, S adapters.
 """
@@ -31,12 +26,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
+from .cuda import cuda_kernel, early_start
 from .dispatch import ceil_div, jit, next_power_of_2, tl, use_triton
 from .nf4 import BLOCKSIZE, OUTER_BLOCKSIZE, DoubleQuant, dequantize_nf4, nf4_values
 
@@ -44,7 +41,7 @@ MAX_ROWS = 16
 MAX_MODULES = 3
 TILE = 16  # a module's outputs come in multiples of this
 PROGRAMS = 528  # programs that fill a GPU of 132 multiprocessors, four on each
-CHUNK = 1024  # columns at once in `_prepare_kernel`
+CHUNK = 4096  # most columns at once in `_prepare_kernel`
 RANKS = 4  # rows of A a program
 
 
@@ -217,7 +214,7 @@ def _input(
     norm: tl.tensor,
     col: tl.tensor,
     inverse: tl.tensor,
-    D: int,
+    D: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
 ) -> tl.tensor:
@@ -236,7 +233,7 @@ def _input(
 def _prepare_kernel(
     x: tl.tensor,
     norm: tl.tensor,
-    halves: tl.tensor,
+    inner: tl.tensor,
     counters: tl.tensor,
     a: tl.tensor,
     scaling: tl.tensor,
@@ -244,48 +241,56 @@ def _prepare_kernel(
     h: tl.tensor,
     x_row: int,
     M: int,
-    D: int,
     R: int,
     G: int,
     tiles: int,
     eps: float,
+    D: tl.constexpr,
     NORM: tl.constexpr,
     GATED: tl.constexpr,
+    BY_PARITY: tl.constexpr,
     CHUNK: tl.constexpr,
     RANKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
-    """Row program_id(0): program 0 writes f(x) by parity into halves [2, M, D / 2], the others RANKS of h [M, G R]."""
+    """Row program_id(0): program 0 writes f(x) into inner, the others RANKS of h [M, G R].
+
+    inner is [M, D], or BY_PARITY [2, M, D / 2]. All loops are unrolled, so that a row's loads are under way together.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row, part = tl.program_id(0), tl.program_id(1)
     x += row.to(tl.int64) * x_row
     chunk = tl.arange(0, CHUNK)
     inverse = 1.0
     if NORM:
         squares = tl.zeros((CHUNK,), tl.float32)
-        for start in range(0, D, CHUNK):
+        for start in tl.static_range(0, D, CHUNK):
             value = tl.load(x + start + chunk, start + chunk < D, other=0.0).to(tl.float32)
             squares += value * value
         inverse = tl.rsqrt(tl.sum(squares, 0) / D + eps)
     if part == 0:
-        for start in range(0, D // 2, CHUNK):
-            half = start + chunk
-            to = halves + row * (D // 2) + half
-            even = _input(x, norm, 2 * half, inverse, D, NORM, GATED)
-            odd = _input(x, norm, 2 * half + 1, inverse, D, NORM, GATED)
-            tl.store(to, even.to(halves.dtype.element_ty), half < D // 2)
-            tl.store(to + M * (D // 2), odd.to(halves.dtype.element_ty), half < D // 2)
-        for start in range(0, tiles, CHUNK):
-            tl.store(counters + start + chunk, 0, start + chunk < tiles)
+        for start in tl.static_range(0, D, CHUNK):
+            col = start + chunk
+            value = _input(x, norm, col, inverse, D, NORM, GATED)
+            to = inner + row * D + col
+            if BY_PARITY:
+                to = inner + (col % 2 * M + row) * (D // 2) + col // 2
+            tl.store(to, value.to(inner.dtype.element_ty), col < D)
+        for tile in range(0, tiles, CHUNK):
+            tl.store(counters + tile + chunk, 0, tile + chunk < tiles)
     else:
         rank = (part - 1) * RANKS + tl.arange(0, RANKS)
         slot = tl.load(slots + row)
         total = tl.zeros((RANKS,), tl.float32)
         if slot >= 0:
             rows = a + slot.to(tl.int64) * G * R * D + rank[:, None] * D
-            for start in range(0, D, CHUNK):
+            for start in tl.static_range(0, D, CHUNK):
                 col = start + chunk
-                value = _input(x, norm, col, inverse, D, NORM, GATED)
                 inside = (rank < G * R)[:, None] & (col < D)[None, :]
-                total += tl.sum(tl.load(rows + col[None, :], inside, other=0.0).to(tl.float32) * value[None, :], 1)
+                factor = tl.load(rows + col[None, :], inside, other=0.0).to(tl.float32)
+                total += tl.sum(factor * _input(x, norm, col, inverse, D, NORM, GATED)[None, :], 1)
             total *= tl.load(scaling + slot * G + rank // R, rank < G * R, other=0.0)
         tl.store(h + row * G * R + rank, total.to(h.dtype.element_ty), rank < G * R)
 
@@ -412,7 +417,7 @@ def nf4_linear(
     gated: bool = False,
     residual: Tensor | None = None,
     out: Tensor | None = None,
-    config: Config | None = None,
+    config: Config | Cut | None = None,
 ) -> Tensor:
     """f(x) W' + s (f(x) A') B' + residual -> [M, N] in x's dtype; no gradient. Can be captured in a CUDA graph.
 
@@ -423,20 +428,29 @@ def nf4_linear(
         gated: x holds gate beside up, and f is silu(gate) * up.
         residual: [M, N]; may be `out`.
         out: [M, N], rows dense.
-        config: instead of `choose_config`'s.
+        config: instead of what is chosen; a `Cut` for nf4_linear.cu.
 
     Raises:
         ValueError: shapes, dtypes or strides that do not fit.
     """
-    M, N, D = len(x), weights.N, weights.D
+    M, N = len(x), weights.N
     out = x.new_empty(M, N) if out is None else out
     _check(x, weights, lora, gated, residual, out)
     if not use_triton(x):
         return out.copy_(_plain(x, weights, lora, norm, gated, residual))
-    config = config or choose_config(weights.sizes, D, M)
-    halves, counters = x.new_empty(2, M, D // 2), x.new_empty(N // config.BN, dtype=torch.int32)
-    h = _prepare(x, weights, lora, norm, gated, halves, counters)
-    _product(halves, h, weights, lora, residual, out, counters, config)
+    if config is None:
+        config = (
+            choose_cut(M, adapted=lora is not None)
+            if table_product(x, weights.D)
+            else choose_config(weights.sizes, weights.D, M)
+        )
+    by_parity = isinstance(config, Config)
+    counters = x.new_empty(N // config.BN if isinstance(config, Config) else 0, dtype=torch.int32)
+    inner, h = _prepare(x, weights, lora, norm, gated, counters, by_parity=by_parity)
+    if isinstance(config, Config):
+        _product(inner, h, weights, lora, residual, out, counters, config)
+    else:
+        _table_product(inner, h, weights, lora, residual, out, config)
     return out
 
 
@@ -446,19 +460,85 @@ def _prepare(
     lora: LoraTerms | None,
     norm: tuple[Tensor, float] | None,
     gated: bool,
-    halves: Tensor,
     counters: Tensor,
-) -> Tensor:
-    M, G = len(x), len(weights.sizes)
+    *,
+    by_parity: bool,
+) -> tuple[Tensor, Tensor]:
+    """f(x), x itself where that is the same, and h."""
+    (M, D), G = (len(x), weights.D), len(weights.sizes)
     R = lora.b.shape[2] if lora else 0
     h = x.new_empty(M, max(G * R, 1))
+    same = norm is None and not gated and not by_parity and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    if same and lora is None:
+        return x, h
+    inner = x.new_empty(M, D)
     a, scaling, slots = (lora.a, lora.scaling, lora.slots) if lora else (x, x, counters)
     weight, eps = norm or (x, 0.0)
     _prepare_kernel[(M, 1 + ceil_div(G * R, RANKS))](
-        x, weight, halves, counters, a, scaling, slots, h, x.stride(0), M, weights.D, R, G, len(counters), eps,
-        NORM=norm is not None, GATED=gated, CHUNK=CHUNK, RANKS=RANKS, num_warps=4,
+        x, weight, inner, counters, a, scaling, slots, h, x.stride(0), M, R, G, len(counters), eps, D=D,
+        NORM=norm is not None, GATED=gated, BY_PARITY=by_parity, CHUNK=min(CHUNK, next_power_of_2(D)), RANKS=RANKS,
+        num_warps=8, **early_start(x),
     )  # fmt: skip
-    return h
+    return (x if same else inner), h
+
+
+class Cut(NamedTuple):
+    """How nf4_linear.cu is compiled."""
+
+    resident: int
+    """Programs of 8 warps on a multiprocessor, which must share its registers."""
+
+
+def choose_cut(M: int, *, adapted: bool) -> Cut:
+    """By `bench/kernels_decode.py` on an H200."""
+    return Cut(1 if M > 8 else 2 if M > 4 or adapted else 3)
+
+
+def table_product(x: Tensor, D: int) -> bool:
+    """Whether nf4_linear.cu serves: bfloat16, D a multiple of 256, compute capability 8.0 or later, NVRTC there."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or D % 256 or torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    return (
+        _table_kernel(x.device.index, choose_cut(len(x), adapted=False), _tiles(len(x)), False, False, False)
+        is not None
+    )
+
+
+def _tiles(M: int) -> int:
+    """Of four rows."""
+    return 1 if M <= 4 else 2 if M <= 8 else 4
+
+
+@cache
+def _table_kernel(device: int, cut: Cut, tiles: int, double: bool, lora: bool, residual: bool) -> Any:
+    values = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.uint16).tolist()
+    defined = {
+        "TILES": tiles, "RESIDENT": cut.resident, "DOUBLE": int(double), "LORA": int(lora), "RESIDUAL": int(residual),
+        "TABLE": ",".join(map(str, values)),
+    }  # fmt: skip
+    return cuda_kernel("nf4_linear.cu", "nf4_product", device, defined)
+
+
+def _table_product(
+    inner: Tensor,
+    h: Tensor,
+    weights: NF4Weights,
+    lora: LoraTerms | None,
+    residual: Tensor | None,
+    y: Tensor,
+    cut: Cut,
+) -> None:
+    (M, N), sizes, double = y.shape, weights.sizes, weights.double
+    kernel = _table_kernel(y.device.index, cut, _tiles(M), double is not None, lora is not None, residual is not None)
+    code, outer, offset = double or (weights.absmax,) * 3
+    b, slots = (lora.b, lora.slots) if lora else (h, h)
+    S, R = (b.shape[0], b.shape[2]) if lora else (0, 1)
+    programs = min(N // TILE, cut.resident * torch.cuda.get_device_properties(y.device).multi_processor_count)
+    added = y if residual is None else residual
+    kernel(
+        programs, 256, inner, weights.codes, weights.absmax, code, outer, offset, h, b, slots, added, y,
+        inner.stride(0), added.stride(0), y.stride(0), M, N, weights.D, sizes[0], sum(sizes[:2]), S, R, len(sizes),
+    )  # fmt: skip
 
 
 def _product(

@@ -1,0 +1,116 @@
+"""CUDA C++ kernels, compiled when first used by NVRTC, which PyTorch brings along: no toolkit is needed.
+
+On Hopper and later a kernel may start before the one ahead of it in the stream has ended ("programmatic dependent
+launch"), to do what does not depend on it, and then waits for it by itself: see `griddepcontrol` in its source.
+"""
+
+import ctypes
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EARLY_START = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+class CudaKernel:
+    """kernel(programs, threads, *arguments), the arguments tensors and 32-bit integers in the order of the source."""
+
+    def __init__(self, module: Any, function: Any, early: bool) -> None:
+        self.module, self.function, self.early = module, function, early  # the module must outlive its function
+
+    def __call__(self, programs: int, threads: int, *arguments: Tensor | int) -> None:
+        values = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments
+        ]  # fmt: skip
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        attribute = _Attribute(EARLY_START, 0, (1,))
+        stream = torch.cuda.current_stream().cuda_stream
+        config = _Config(programs, 1, 1, threads, 1, 1, 0, stream, ctypes.pointer(attribute), int(self.early))
+        _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
+
+
+def early_start(x: Tensor) -> dict[str, bool]:
+    """Options of a Triton kernel, its EARLY among them, that may start on x's device before the one ahead has ended."""
+    early = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+
+
+def cuda_kernel(file: str, name: str, device: int, defined: Mapping[str, Any]) -> CudaKernel | None:
+    """The function `name` of a file beside this one.
+
+    Args:
+        device: index of the GPU it runs on.
+        defined: the macros.
+
+    Returns:
+        None, with one warning, where it cannot be compiled: the caller has another way.
+    """
+    try:
+        with torch.cuda.device(device):
+            capability = torch.cuda.get_device_capability()
+            binary = _compile(Path(__file__).with_name(file).read_text(encoding="utf-8"), file, capability, defined)
+            module, function = ctypes.c_void_p(), ctypes.c_void_p()
+            _check(_driver().cuModuleLoadData(ctypes.byref(module), binary))
+            _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+            return CudaKernel(module, function, capability >= (9, 0))
+    except (AttributeError, OSError, RuntimeError) as error:
+        _warn(file, str(error))
+        return None
+
+
+@cache
+def _warn(file: str, why: str) -> None:
+    warnings.warn(f"{file} does not serve here, a slower kernel does: {why}", stacklevel=2)
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(failed: int) -> None:
+    if failed:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(failed, ctypes.byref(text))
+        raise RuntimeError((text.value or b"unknown CUDA error").decode())
+
+
+def _compile(source: str, file: str, capability: tuple[int, int], defined: Mapping[str, Any]) -> bytes:
+    library = torch.cuda._utils._get_gpu_rtc_library()
+    options = ["--gpu-architecture=sm_{}{}".format(*capability), "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in defined.items()]
+    program = ctypes.c_void_p()
+    library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), file.encode(), 0, None, None)
+    try:
+        encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        failed = library.nvrtcCompileProgram(program, len(options), encoded)
+        text = _read(library, program, "ProgramLog" if failed else "CUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+    if failed:
+        raise RuntimeError(text.decode(errors="replace").strip("\0\n"))
+    return text
+
+
+def _read(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(library, f"nvrtcGet{what}")(program, buffer)
+    return buffer.raw

@@ -1,0 +1,190 @@
+// y = x W' + h B' + residual for up to 16 rows, W in NF4: the product of nf4_linear.py on sm_80 and later, in bfloat16.
+//
+// A program of 8 warps takes 16 outputs at a time, and its warps share the columns out in groups of four blocks of 64. Of
+// four lanes on a row, 16 bytes each, the first two hold one of the blocks and the others the block after the next. A
+// byte's two weights come as one register from a table in shared memory of which every lane has a copy in its own bank,
+// so that 32 lanes look up 32 different bytes at once: two instructions and one look-up for two weights, where selecting
+// bytes with PRMT takes 2.6 instructions a weight.
+//
+// The tensor cores multiply 16 outputs by 8 columns of x', whose order is the lanes' own. Four of the columns are rows
+// of x at the first block's place and zero at the second's, four the other way round: so the two blocks' sums stay apart
+// and each takes its absmax in fp32. A register is filled again as soon as it is decoded, with codes further on or of the
+// next tile, and those of the first tile are asked for before the kernel that makes x has ended.
+//
+// Defined when it is compiled: TILES (of 4 rows: 1, 2, 4), RESIDENT (programs on a multiprocessor), DOUBLE, LORA, RESIDUAL (0 or 1), TABLE (the 16 values as bfloat16 bits).
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+
+constexpr int WARPS = 8, ROWS = 4 * TILES;
+
+__device__ __constant__ u16 values[16] = {TABLE};
+
+__device__ __forceinline__ float wide(u16 x) { return __uint_as_float(u32(x) << 16); }
+
+__device__ __forceinline__ u16 narrow(float x) {
+  u16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint4 stream(const u8* at) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(at));
+  return v;
+}
+
+__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Two neighbouring ranks of a row, zeros beyond R.
+__device__ __forceinline__ u32 ranks(const u16* row, int k, int R) {
+  if (R % 2 == 0) return k < R ? *(const u32*)(row + k) : 0;
+  u32 low = k < R ? row[k] : 0, high = k + 1 < R ? row[k + 1] : 0;
+  return low | high << 16;
+}
+
+// x [M, D], codes [N, D / 2], absmax [N, D / 64], h [M, G R], b [S, N, R], residual and y [M, N]. What another kernel may
+// still be writing is not __restrict__: it must not be read before the wait.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) nf4_product(
+    const u16* x, const u8* __restrict__ codes, const void* __restrict__ absmax,
+    const float* __restrict__ code, const float* __restrict__ outer, const float* __restrict__ offset,
+    const u16* h, const u16* __restrict__ b, const int* slots, const u16* residual, u16* y,
+    int x_row, int residual_row, int y_row, int M, int N, int D, int end0, int end1, int S, int R, int G) {
+  __shared__ u32 table[256 * 32];
+  __shared__ float sums[2][WARPS][ROWS][16];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, second = t / 2;
+  const u32 own = u32(__cvta_generic_to_shared(table)) + 4 * lane;
+  auto decode = [&](u32 four, int byte) {
+    u32 two;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(two) : "r"(__byte_perm(four, 0, 0x4440 | byte) * 128 + own));
+    return two;
+  };
+
+  const int tiles = N / 16, blocks = D / 64, groups = D / 256;
+  const int first = groups * warp / WARPS, last = groups * (warp + 1) / WARPS;
+  const int written = threadIdx.x % 16, to = threadIdx.x / 16;  // output and row of x that this thread writes
+  const bool writes = to < min(ROWS, M);
+  const int from = g % 4;              // row of x, of four, whose column of x' this lane feeds
+  const bool feeds = g / 4 == second;  // else it feeds zeros
+  auto module_of = [&](int n) { return (n >= end0) + (n >= end1); };
+
+  uint4 held[2][2];  // [block of the lane][row]
+  float2 factor[2];  // of both blocks
+  int ahead_tile = blockIdx.x, ahead = first;  // what is asked for next
+  auto fetch_codes = [&](int e) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int block = (16 * ahead_tile + g + 8 * r) * blocks + 4 * ahead + 2 * second + e;
+      held[e][r] = stream(codes + size_t(block) * 32 + 16 * (t % 2));
+    }
+  };
+  auto fetch_scales = [&] {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      const int at = (16 * ahead_tile + g + 8 * r) * blocks + 4 * ahead + 2 * second;
+      if (DOUBLE) {
+        const uchar2 inner = *(const uchar2*)((const u8*)absmax + at);
+        const float times = outer[at / 256], plus = offset[module_of(16 * ahead_tile)];
+        factor[r] = make_float2(code[inner.x] * times + plus, code[inner.y] * times + plus);
+      } else {
+        factor[r] = *(const float2*)((const float*)absmax + at);
+      }
+    }
+  };
+  auto advance = [&] {  // after the last tile to the start of the same: a branch would hold the loads back
+    if (++ahead == last) ahead = first, ahead_tile += ahead_tile + gridDim.x < tiles ? gridDim.x : 0;
+  };
+  if (first < last) fetch_codes(0), fetch_codes(1), fetch_scales(), advance();
+  for (int i = threadIdx.x; i < 256 * 32; i += 32 * WARPS)
+    table[i] = values[i / 32 >> 4] | u32(values[i / 32 & 15]) << 16;
+  __syncthreads();
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+
+  int slot[TILES];  // of the rows of x that this lane feeds, -1 for none
+#pragma unroll
+  for (int j = 0; j < TILES; j++) slot[j] = LORA && g < 4 && 4 * j + from < M ? slots[4 * j + from] : -1;
+  float acc[TILES][4] = {};
+  uint4 in[4][TILES];  // a lane that feeds zeros never writes them
+#pragma unroll
+  for (int i = 0; i < 4 * TILES; i++) in[i % 4][i / 4] = make_uint4(0, 0, 0, 0);
+  for (int tile = blockIdx.x, turn = 0; tile < tiles; tile += gridDim.x, turn ^= 1) {
+    const int n = 16 * tile, module = module_of(n);
+    float more = RESIDUAL && writes ? wide(residual[to * residual_row + n + written]) : 0.f;
+    u32 up[4], down[TILES][2];  // of B, of h
+    auto fetch_ranks = [&](int s, int k) {
+      const u16 *row = b + (size_t(s) * N + n + g) * R, *next = row + 8 * R;
+      up[0] = ranks(row, k, R), up[1] = ranks(next, k, R), up[2] = ranks(row, k + 8, R), up[3] = ranks(next, k + 8, R);
+#pragma unroll
+      for (int j = 0; j < TILES; j++) {
+        const u16* row = h + ((4 * j + from) * G + module) * R;
+        down[j][0] = slot[j] == s ? ranks(row, k, R) : 0, down[j][1] = slot[j] == s ? ranks(row, k + 8, R) : 0;
+      }
+    };
+    const int rank = 16 * warp + 2 * t;
+    if (LORA) fetch_ranks(0, rank);
+    for (int group = first; group < last; group++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float part[TILES][4] = {};
+        const u16* column = x + 256 * group + 128 * second + 64 * e + 32 * (t % 2);
+#pragma unroll
+        for (int j = 0; j < TILES; j++)
+          if (feeds && 4 * j + from < M)
+#pragma unroll
+            for (int q = 0; q < 4; q++) in[q][j] = *(const uint4*)(column + size_t(4 * j + from) * x_row + 8 * q);
+#pragma unroll
+        for (int q = 0; q < 4; q++) {  // 8 columns of each lane
+          const u32 up = word(held[e][0], q), low = word(held[e][1], q);
+#pragma unroll
+          for (int step = 0; step < 2; step++) {
+            const u32 a0 = decode(up, 2 * step), a1 = decode(low, 2 * step);
+            const u32 a2 = decode(up, 2 * step + 1), a3 = decode(low, 2 * step + 1);
+#pragma unroll
+            for (int j = 0; j < TILES; j++)
+              mma(part[j], a0, a1, a2, a3, word(in[q][j], 2 * step), word(in[q][j], 2 * step + 1));
+          }
+        }
+        fetch_codes(e);
+#pragma unroll
+        for (int j = 0; j < TILES; j++)
+#pragma unroll
+          for (int k = 0; k < 4; k++) acc[j][k] += part[j][k] * (e ? factor[k / 2].y : factor[k / 2].x);
+      }
+      fetch_scales(), advance();
+    }
+    if (LORA)
+      for (int s = 0; s < S; s++)
+        for (int k = rank; k - 2 * t < R; k += 16 * WARPS) {
+          if (s > 0 || k > rank) fetch_ranks(s, k);
+#pragma unroll
+          for (int j = 0; j < TILES; j++) mma(acc[j], up[0], up[1], up[2], up[3], down[j][0], down[j][1]);
+        }
+#pragma unroll
+    for (int j = 0; j < TILES; j++)  // columns 2 t and 2 t + 1 of both blocks
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float sum = acc[j][k] + __shfl_xor_sync(~0u, acc[j][k], 2);
+        if (!second) sums[turn][warp][4 * j + 2 * t + k % 2][g + 8 * (k / 2)] = sum;
+        acc[j][k] = 0.f;
+      }
+    __syncthreads();  // of two buffers one is free again once all warps are past the other's tile
+    if (writes) {
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) more += sums[turn][w][to][written];
+      y[to * y_row + n + written] = narrow(more);
+    }
+  }
+}
