@@ -22,6 +22,7 @@ from typing import Any
 
 WARM_UP = 3
 SETTINGS = ["prompt.loss_on=all", "lora.r=64", "lora.lora_alpha=16", "lora.lora_dropout=0.1", "data.max_length=1024",
+            "lora.use_rslora=false",
             "lora.target_modules=[q_proj,v_proj]", "training.learning_rate=5e-5", "training.lr_scheduler_type=linear",
             "training.warmup_steps=0", "training.per_device_train_batch_size=2", "training.logging_steps=1",
             "training.gradient_accumulation_steps=2"]  # fmt: skip
@@ -34,20 +35,26 @@ def prepared(steps: int) -> Any:
     return prepare(load_recipe("demo", [*SETTINGS, f"training.max_steps={steps}"]))
 
 
-def ours(steps: int, folder: Path) -> Any:
+def ours(run: Any, steps: int, folder: Path) -> Any:
     from medlora.model.adapter import add_lora
     from medlora.model.load import load_model
     from medlora.train.trainer import choose_engine, make_trainer
 
-    run = prepared(steps)
     model = add_lora(load_model(run.base, run.recipe.base), run.recipe.lora, run.recipe.training.seed)
     model.train()
     return make_trainer(
-        run.recipe, model, run.tokenizer, run.corpus.train, choose_engine(model, run.recipe), folder, []
+        run.recipe,
+        model,
+        run.tokenizer,
+        run.corpus.train,
+        choose_engine(model, run.recipe, run.corpus.train),
+        folder,
+        [],
     )
 
 
-def original(steps: int, folder: Path) -> Any:
+def original(run: Any, steps: int, folder: Path, learning_rate: float = 5e-5) -> Any:
+    """The script's trainer over the rows of a prepared run, the model loaded as it loads it."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -56,7 +63,6 @@ def original(steps: int, folder: Path) -> Any:
 
     from medlora.model.load import compute_dtype
 
-    run = prepared(steps)
     dtype = compute_dtype(run.recipe.base, torch.device("cpu"))  # bfloat16 is slow where the CPU lacks it
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(
@@ -67,8 +73,8 @@ def original(steps: int, folder: Path) -> Any:
         model=model,
         args=SFTConfig(
             output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=steps,
-            learning_rate=5e-5, lr_scheduler_type="linear", gradient_checkpointing=True, logging_steps=1, seed=42,
-            use_cpu=True, bf16=dtype == torch.bfloat16, report_to=[], save_strategy="no", disable_tqdm=True,
+            learning_rate=learning_rate, lr_scheduler_type="linear", gradient_checkpointing=True, logging_steps=1,
+            seed=42, use_cpu=True, bf16=dtype == torch.bfloat16, report_to=[], save_strategy="no", disable_tqdm=True,
             max_length=1024,
         ),
         train_dataset=Dataset.from_dict({"text": [run.tokenizer.decode(e.input_ids) for e in run.corpus.train]}),
@@ -91,7 +97,7 @@ def measure(side: str, steps: int) -> dict[str, Any]:
             tokens.append(0)
 
     with TemporaryDirectory() as folder:
-        trainer = {"medlora": ours, "original": original}[side](steps, Path(folder))
+        trainer = {"medlora": ours, "original": original}[side](prepared(steps), steps, Path(folder))
         trainer.add_callback(Clock())
         step = trainer.training_step
 

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from medlora.kernels import reference
 from medlora.kernels.decode_attention import PAGE, decode_attention, rope_append
-from medlora.kernels.nf4_linear import Config, LoraTerms, NF4Weights, choose_config, nf4_linear
+from medlora.kernels.nf4_linear import Config, Cut, LoraTerms, NF4Weights, choose_config, choose_cut, nf4_linear
 
 RANK = 64
 DTYPE = torch.bfloat16
@@ -48,18 +49,11 @@ SHAPES = (
 TINY = (Shape("q, k, v", (64, 32, 32), 128), Shape("down", (64,), 256, gated=True))
 
 
-def variants(shape: Shape, M: int) -> Iterator[Config]:
-    """`choose_config`'s, then what it might have chosen."""
-    chosen = choose_config(shape.sizes, shape.D, M)
-    yield chosen
-    BN, split, step, warps, stages = chosen
-    yield Config(BN, max(split // 2, 1), step, warps, stages)
-    yield Config(BN, split, step, warps, stages + 1)
-    yield Config(BN, split, step, max(warps // 2, 1), stages)
-    yield Config(2 * BN, split, step, warps, stages)
-    yield Config(2 * BN, split, step, 2 * warps, stages)
-    if split * 2 <= shape.D // 64 // step:
-        yield Config(BN, split * 2, step, warps, stages)
+def variants(shape: Shape, M: int) -> Iterator[Config | Cut]:
+    """nf4_linear.cu as `choose_cut` and otherwise, then the Triton kernel as `choose_config` cuts it."""
+    if torch.cuda.is_available():
+        yield from dict.fromkeys([choose_cut(M, adapted=True), Cut(1), Cut(2), Cut(3), *([Cut(4)] if M <= 4 else [])])
+    yield choose_config(shape.sizes, shape.D, M)
 
 
 def make(shape: Shape, M: int, device: str) -> tuple[NF4Weights, LoraTerms]:
@@ -103,7 +97,7 @@ def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy of 2 GB."""
     source = torch.randint(256, (2**31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * 2**31 / microseconds([lambda: target.copy_(source)]) * 1e6
+    return 2 * 2**31 / (triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") / 1e3)
 
 
 def bitsandbytes_call(weights: NF4Weights, x: Tensor) -> Callable[[], Any]:
@@ -130,19 +124,21 @@ def bench_linear(shape: Shape, M: int, copy: float | None, device: str) -> list[
     copies = [(weights, lora)] + [make(shape, M, device) for _ in range(int(TOUCHED / size) if copy else 0)]
     rows = []
     for config in variants(shape, M):
-        if any(N % config.BN for N in shape.sizes):
-            continue
         row: dict[str, Any] = {"shape": shape.name, "M": M, "kernel": " ".join(map(str, config))}
         row["error"] = relative(nf4_linear(x, weights, lora, gated=shape.gated, config=config), wanted)
         if copy:
             calls = [partial(nf4_linear, x, w, a, gated=shape.gated, config=config) for w, a in copies]
             row |= rate(microseconds(calls), size, copy)
         rows.append(row)
+        if copy and isinstance(config, Cut):
+            calls = [partial(nf4_linear, x, w, gated=shape.gated, config=config) for w, _ in copies]
+            bare = rate(microseconds(calls), size - lora.a.nbytes - lora.b.nbytes, copy)
+            rows.append(row | {"kernel": f"{row['kernel']} no adapter", "error": None} | bare)
     if copy:
         inner = x[:, : shape.D].contiguous()
-        bare = weights.codes.nbytes + weights.absmax.nbytes
+        read = weights.codes.nbytes + weights.absmax.nbytes
         took = microseconds([bitsandbytes_call(each, inner) for each, _ in copies])
-        rows.append({"shape": shape.name, "M": M, "kernel": "bitsandbytes", "error": None} | rate(took, bare, copy))
+        rows.append({"shape": shape.name, "M": M, "kernel": "bitsandbytes", "error": None} | rate(took, read, copy))
     return rows
 
 
@@ -192,7 +188,7 @@ def main() -> None:
     copy, device = (None, "cpu") if arguments.tiny else (copy_bandwidth(), "cuda")
     if copy:
         print(f"{torch.cuda.get_device_name()}, copy {copy / 1e9:.0f} GB/s")
-    print(f"{'':16}{'M':>3} {'BN split step warps stages':26}error       us     GB/s   share")
+    print(f"{'':16}{'M':>3} {'cut, or Triton config':26}error       us     GB/s   share")
     found = []
     for M in map(int, arguments.rows.split(",")):
         for shape in TINY if arguments.tiny else SHAPES:

@@ -2,9 +2,12 @@
 
     python bench/quality.py choices --data train.jsonl.gz --valid valid.jsonl.gz [--steps 200] [--jobs 1]
     python bench/quality.py paths   --data train.jsonl.gz --valid valid.jsonl.gz --steps 300 --seeds 1 2 3
+    python bench/quality.py time    --data train.jsonl.gz --valid valid.jsonl.gz --rows 200
 
 `choices` sets the recipe beside itself with one choice changed. `paths` sets TRL's padded micro-batches beside
-packed rows and, on a GPU, beside packed rows with FP8 products, which should come to the same. Every run trains the
+packed rows and, on a GPU, beside packed rows with FP8 products, which should come to the same. `time` lets the
+original script train its 100 steps on a CPU through TRL, PEFT and bitsandbytes, at TRL's rate for LoRA, and then
+the recipe for as many steps as the same seconds allow, at the pace of its first five. Every run trains the
 same rows in the same order from its seed, in a process of its own, and reads the completion loss on the same
 held-out rows, spread evenly over the file.
 """
@@ -18,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from cpu_training import original
 
 ORIGINAL = [
     "lora.r=64", "lora.lora_alpha=16", "lora.lora_dropout=0.1", "lora.target_modules=[q_proj,v_proj]",
@@ -45,7 +50,9 @@ TABLES: dict[str, dict[str, list[str]]] = {
         "packed": [],
         "packed, FP8": ["training.fp8=true"],
     },
+    "time": {"the original script": ORIGINAL, "the recipe": []},
 }
+PACE = 5  # steps
 
 
 def measure(overrides: list[str], seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,16 +74,21 @@ def measure(overrides: list[str], seed: int, arguments: argparse.Namespace) -> d
     held = run.corpus.valid if completions == recipe else build(completions, run.tokenizer).valid
     held = held[:: max(1, len(held) // arguments.rows)][: arguments.rows]
     model = add_lora(load_model(run.base, recipe.base), recipe.lora, seed)
-    before = held_out_loss(model, held).loss
+    paces = arguments.table == "time" and arguments.steps == PACE  # and is not scored
+    before = float("nan") if paces else held_out_loss(model, held).loss
     with TemporaryDirectory() as folder:
-        engine = choose_engine(model.train(), recipe, run.corpus.train)
-        trainer = make_trainer(recipe, model, run.tokenizer, run.corpus.train, engine, Path(folder), [])
+        if arguments.table == "time" and overrides == ORIGINAL:
+            trainer = original(run, arguments.steps, Path(folder), learning_rate=recipe.training.learning_rate)
+        else:
+            engine = choose_engine(model.train(), recipe, run.corpus.train)
+            trainer = make_trainer(recipe, model, run.tokenizer, run.corpus.train, engine, Path(folder), [])
         began = time.perf_counter()
         with running(trainer):
             trainer.train()
         seconds = time.perf_counter() - began
-    after = held_out_loss(model, held).loss
-    return {"before": before, "after": after, "seconds": round(seconds, 1), "rows": len(held)}
+        model = trainer.model
+    after = float("nan") if paces else held_out_loss(model, held).loss
+    return {"before": before, "after": after, "seconds": round(seconds, 1), "rows": len(held), "steps": arguments.steps}
 
 
 def main() -> None:
@@ -100,25 +112,31 @@ def main() -> None:
         print(json.dumps(measure(table[arguments.run], arguments.seeds[0], arguments)))
         return
     wanted = [(name, seed) for name in arguments.only or table for seed in arguments.seeds]
-    print(f"{'':24}{'seed':>5}{'before':>9}{'after':>9}{'change':>9}{'seconds':>9}")
+    print(f"{'':24}{'seed':>5}{'steps':>6}{'before':>9}{'after':>9}{'change':>9}{'seconds':>9}")
+    if arguments.table == "time":
+        limit = report("the original script", 42, 100)["seconds"]
+        pace = report("the recipe", 42, PACE)["seconds"] / PACE
+        report("the recipe", 42, int(limit / pace))
+        return
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for _ in pool.map(lambda pair: report(*pair), wanted):
             pass
 
 
-def report(name: str, seed: int) -> None:
+def report(name: str, seed: int, steps: int | None = None) -> dict[str, Any]:
     """Run one line in a process of its own, and print it."""
-    done = subprocess.run(
-        [sys.executable, *sys.argv, "--run", name, "--seeds", str(seed)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, *sys.argv, "--run", name, "--seeds", str(seed)]
+    command += ["--steps", str(steps)] if steps else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         print(f"{name:24}{seed:5}  exit status {done.returncode}", flush=True)
-        return
-    found = json.loads(done.stdout.splitlines()[-1])
-    change = found["after"] - found["before"]
+        return {}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"{name:24}{seed:5}{found['before']:9.4f}{found['after']:9.4f}{change:+9.4f}{found['seconds']:9.1f}", flush=True
-    )
+        f"{name:24}{seed:5}{found['steps']:6}{found['before']:9.4f}{found['after']:9.4f}"
+        f"{found['after'] - found['before']:+9.4f}{found['seconds']:9.1f}", flush=True,
+    )  # fmt: skip
+    return found
 
 
 if __name__ == "__main__":
