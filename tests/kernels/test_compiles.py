@@ -18,6 +18,7 @@ BYTES = {"absmax": "*u8"}
 DECODE = NF4 | {"scaling": F32, "shares": F32, "slots": "*i32", "counters": "*i32"}
 ONE_ROW = dict.fromkeys(("M", "S", "G"), "constexpr")  # Triton makes a constant of every integer that is 1
 PRODUCT = {"LORA": True, "RESIDUAL": True, "ASM": True, "BN": 64, "BR": 64, "STEP": 4}
+PREPARE = {"D": 4096, "CHUNK": 4096, "RANKS": 4, "EARLY": True}
 PAGED = {"table": "*i32", "lengths": "*i32", "parts": F32, "lse": F32}
 CASES = [  # module, kernel, pointers, constants, warps
     ("nf4", "_dequantize_kernel", NF4, {"DOUBLE": False, "BLOCKS": 64}, 4),
@@ -37,8 +38,8 @@ CASES = [  # module, kernel, pointers, constants, warps
         16,
     ),
     ("fp8", "_quantize_kernel", {"codes": "*fp8e4nv", "scale": F32}, {"BLOCK": 16384}, 16),
-    ("nf4_linear", "_prepare_kernel", DECODE, {"NORM": True, "GATED": False, "CHUNK": 1024, "RANKS": 4}, 4),
-    ("nf4_linear", "_prepare_kernel", DECODE | ONE_ROW, {"NORM": False, "GATED": True, "CHUNK": 1024, "RANKS": 4}, 4),
+    ("nf4_linear", "_prepare_kernel", DECODE, PREPARE | {"NORM": True, "GATED": False, "BY_PARITY": False}, 8),
+    ("nf4_linear", "_prepare_kernel", DECODE | ONE_ROW, PREPARE | {"NORM": False, "GATED": True, "BY_PARITY": True}, 8),
     ("nf4_linear", "_product_kernel", DECODE | ONE_ROW, PRODUCT | {"DOUBLE": False, "BM": 8, "SPLIT": 8}, 4),
     ("nf4_linear", "_product_kernel", DECODE, PRODUCT | {"DOUBLE": False, "BM": 16, "SPLIT": 1}, 2),
     ("nf4_linear", "_product_kernel", DECODE | BYTES, PRODUCT | {"DOUBLE": True, "BM": 8, "SPLIT": 2}, 4),
@@ -49,16 +50,16 @@ CASES = [  # module, kernel, pointers, constants, warps
         PRODUCT | {"DOUBLE": False, "BM": 8, "SPLIT": 8, "ASM": False},
         4,
     ),
-    ("decode_attention", "_rope_append_kernel", PAGED, {"HALF": 64}, 1),
-    ("decode_attention", "_attention_kernel", PAGED, {"SHARES": 1, "GROUP": 16, "WIDTH": 128}, 4),
+    ("decode_attention", "_rope_append_kernel", PAGED, {"HALF": 64, "EARLY": True}, 1),
+    ("decode_attention", "_attention_kernel", PAGED, {"SHARES": 1, "GROUP": 16, "WIDTH": 128, "EARLY": True}, 4),
     (
         "decode_attention",
         "_attention_kernel",
         PAGED | {"out": F32, "group": "constexpr", "pages": "constexpr"},
-        {"SHARES": 8, "GROUP": 16, "WIDTH": 64},
+        {"SHARES": 8, "GROUP": 16, "WIDTH": 64, "EARLY": False},
         4,
     ),
-    ("decode_attention", "_join_kernel", PAGED, {"SHARES": 9, "COUNT": 16, "WIDTH": 128}, 1),
+    ("decode_attention", "_join_kernel", PAGED, {"SHARES": 9, "COUNT": 16, "WIDTH": 128, "EARLY": True}, 1),
 ]
 
 
