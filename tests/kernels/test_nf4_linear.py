@@ -69,8 +69,8 @@ def expected(x, weights, terms=None, slots=(), norm=None, gated=False, residual=
         (3, (32, 16, 16), 576),
         (16, (128,), 256),
         (9, (80, 80), 64),
-        (2, (4096, 48), 2304),
-        (7, (64,), 4352),
+        (2, (48, 16), 512),
+        (7, (16,), 1280),
     ],
 )
 def test_product(M, sizes, D, double, dtype, device, close):
@@ -196,6 +196,18 @@ def test_refuses_what_does_not_fit(device):
             nf4_linear(*arguments)
     with pytest.raises(ValueError, match="multiples of 16"):
         quantised((40,), 64, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("double", [False, True], ids=["fp32-scales", "double"])
+@pytest.mark.parametrize("M", [1, 4, 7, 16])
+def test_more_tiles_than_programs(M, double, close):
+    sizes, D, slots = (8192, 2048), 4352, [0] * (M - 1) + [1]
+    weights, plain = quantised(sizes, D, "cuda", double)
+    lora, terms = adapters(sizes, D, slots, torch.bfloat16, "cuda")
+    x = torch.randn(M, D, device="cuda").bfloat16()
+    close(nf4_linear(x, weights, lora), expected(x, plain, terms, slots))
 
 
 @pytest.mark.gpu
