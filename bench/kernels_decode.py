@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from medlora.kernels import reference
@@ -95,6 +94,8 @@ def microseconds(calls: Sequence[Callable[[], Any]]) -> float:
 
 def copy_bandwidth() -> float:
     """Bytes a second, read and written, of a copy of 2 GB."""
+    import triton  # a rehearsal does without
+
     source = torch.randint(256, (2**31,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * 2**31 / (triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") / 1e3)

@@ -11,7 +11,8 @@
 // and each takes its absmax in fp32. A register is filled again as soon as it is decoded, with codes further on or of the
 // next tile, and those of the first tile are asked for before the kernel that makes x has ended.
 //
-// Defined when it is compiled: TILES (of 4 rows: 1, 2, 4), RESIDENT (programs on a multiprocessor), DOUBLE, LORA, RESIDUAL (0 or 1), TABLE (the 16 values as bfloat16 bits).
+// Defined when it is compiled: TILES (of 4 rows: 1, 2, 4), RESIDENT (programs on a multiprocessor), DOUBLE, LORA,
+// RESIDUAL (0 or 1), TABLE (the 16 values as bfloat16 bits).
 
 typedef unsigned int u32;
 typedef unsigned short u16;

@@ -12,8 +12,8 @@ a block's absmax to the fp32 result:
   shares in order, so results do not depend on who came last. PRMT picks four bytes of eight by four nibbles: 2.6
   integer instructions a weight, whose units work at half rate, and that is its limit.
 
-Measured on an H200, Llama-2-7B's shapes, one row with an adapter of rank 64 (`bench/kernels_decode.py`): q, k, v 18.9 us
-(Triton 30.7), o 10.6 (16.6), gate and up 29.6 (44.6), down 20.3 (31.4). The bytes alone take 7, 3, 13 and 7 us.
+Measured on an H200, Llama-2-7B's shapes, one row with an adapter of rank 64 (`bench/kernels_decode.py`): q, k, v 18.9
+us (Triton 30.7), o 10.6 (16.6), gate and up 30.6 (44.6), down 20.3 (31.4). The bytes alone take 7, 3, 13 and 7 us.
 
 In bfloat16 the table's values are rounded to bf16 and scales are not; bitsandbytes rounds their product instead.
 
