@@ -88,7 +88,7 @@ def test_untuned_answers_come_from_the_same_loaded_base(tuned: Path, embedded: P
 
 
 def test_greedy_answers_are_those_of_transformers_generate(embedded: Path) -> None:
-    assistant: Any = Assistant.load()
+    assistant: Any = Assistant.load(base=Base(compute_dtype="float32"))  # in bfloat16 ties fall either way
     from medlora.data.prompts import prompt_ids
 
     for question in ("What is gout?", "Name three vitamins."):

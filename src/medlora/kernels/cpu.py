@@ -1,9 +1,10 @@
 """The operations of a training step, written for a CPU's habits.
 
-Three things cost most there beside the products themselves: drawing a Bernoulli mask element by element (fifteen
-times a product's pass over memory), the flash-attention backward on short sequences, and float32 copies of
-[tokens, vocabulary]. So masks are cut from 64-bit draws, short documents get their probabilities kept and a backward
-in plain products, and the loss walks the vocabulary in chunks that stay in the computation's own dtype.
+Four things cost most there beside the products themselves: drawing a Bernoulli mask element by element (fifteen
+times a product's pass over memory), the flash-attention backward on short sequences, float32 copies of
+[tokens, vocabulary], and norms in a dozen passes. So masks are cut from 64-bit draws, short documents get their
+probabilities kept and a backward in plain products, the loss walks the vocabulary in chunks that stay in the
+computation's own dtype, and a norm keeps its input and one number a token.
 
 Shapes: T tokens, D inputs, N outputs, R rank, V vocabulary, H query heads, K key heads, L tokens of a document,
 C head size.
@@ -20,15 +21,15 @@ from torch.autograd import Function
 
 SHORT = 768  # documents up to here keep their [L, L] probabilities; longer ones are faster through flash attention
 BLOCK = 128  # queries at once
-CHUNK = 128  # rows of logits held at once
+CHUNK = 25 << 20  # bytes of logits held at once: what a cache of the last level holds
 
 
-def keep_mask(shape: torch.Size, p: float) -> Tensor:
-    """Boolean mask, True with probability 1 - p to within 2^-16, from torch's global generator."""
+def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
+    """1 with probability 1 - p to within 2^-16, else 0, from torch's global generator."""
     count = math.prod(shape)
     bits = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     threshold = round(p * 2**16) - 2**15
-    return (bits.view(torch.int16)[:count] >= threshold).view(shape)
+    return (bits.view(torch.int16)[:count] >= threshold).view(shape).to(dtype)
 
 
 class _LoraLinear(Function):
@@ -56,7 +57,7 @@ class _LoraLinear(Function):
         if mask is None:
             dx.addmm_(dh_TR, a)
         else:
-            dx.addcmul_(dh_TR @ a, mask.to(dx.dtype))
+            dx.addcmul_(dh_TR @ a, mask)
         return dx, None, da, db, None, None
 
 
@@ -74,11 +75,41 @@ def lora_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float, drop
         [..., N] of x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])
-    mask = keep_mask(flat.shape, dropout) if dropout else None
+    mask = keep_mask(flat.shape, dropout, x.dtype) if dropout else None
     y: Tensor = _LoraLinear.apply(  # type: ignore[no-untyped-call]
         flat, w, a, b, scaling / (1 - dropout), mask
     )
     return y.view(*x.shape[:-1], -1)
+
+
+class _RMSNorm(Function):
+    """w x / rms(x), the quotient rounded to x's dtype as in Transformers; keeps x and 1 / rms(x) [..., 1]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, w, inverse)
+        y: Tensor = (x * inverse).to(x.dtype).mul_(w)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, w, inverse = ctx.saved_tensors
+        unit, g = x * inverse, (grad * w).to(inverse.dtype)
+        g -= unit.mul_(torch.linalg.vecdot(unit, g)[..., None].div_(x.shape[-1]))
+        return g.mul_(inverse).to(x.dtype), None, None
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
+    """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) over the last dimension, in float32 inside.
+
+    Args:
+        x: [..., D], any floating dtype. w: [D] frozen, of x's dtype.
+    """
+    y: Tensor = _RMSNorm.apply(x, w, eps)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _LinearCrossEntropy(Function):
@@ -88,19 +119,22 @@ class _LinearCrossEntropy(Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        for start in range(0, len(labels), CHUNK):
-            rows, label = slice(start, start + CHUNK), labels[start : start + CHUNK, None]
-            logits = hidden[rows] @ weight.t()
+        size = min(max(1, CHUNK // (len(weight) * weight.element_size())), len(labels))
+        buffer = hidden.new_empty(size, len(weight))  # one for all: fresh pages cost more than the softmax
+        for start in range(0, len(labels), size):
+            rows, label = slice(start, start + size), labels[start : start + size]
+            logits = torch.mm(hidden[rows], weight.t(), out=buffer[: len(label)])
             if d_hidden is None:
-                total += F.cross_entropy(logits.float(), label[:, 0], reduction="sum")
+                total += F.cross_entropy(logits.float(), label, reduction="sum")
                 continue
-            chosen = logits.gather(1, label)
-            p = torch.softmax(logits, -1)
-            p_chosen = p.gather(1, label)
+            at = torch.arange(len(label)), label
+            below = logits.amax(1).float() - logits[at]
+            p = torch.softmax(logits, -1, out=logits)
+            p_chosen = p[at]
             # where bfloat16's p is 0, the loss follows from the logits themselves
-            lost = torch.where(p_chosen > 0, -p_chosen.float().log(), logits.amax(1, keepdim=True).float() - chosen)
-            total += lost.sum()
-            torch.mm(p.scatter_(1, label, p_chosen - 1), weight, out=d_hidden[rows])
+            total += torch.where(p_chosen > 0, -p_chosen.float().log(), below).sum()
+            p[at] = p_chosen - 1  # scatter_ would copy all of p twice
+            torch.mm(p, weight, out=d_hidden[rows])
         ctx.save_for_backward(d_hidden)
         return total
 
@@ -111,7 +145,7 @@ class _LinearCrossEntropy(Function):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of `hidden @ weight.T`, never holding more than 128 rows of logits.
+    """Summed cross-entropy of `hidden @ weight.T`, never holding more than 25 MiB of logits.
 
     Args:
         hidden: [T, D], only the rows that have a label. weight: [V, D], frozen. labels: [T] int64.

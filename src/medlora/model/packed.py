@@ -8,6 +8,7 @@ layers run and only their attention function and, on a CPU, the forward of PEFT'
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -147,14 +148,17 @@ def _unfused_packing(model: Any) -> Iterator[None]:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
     before = model.config._attn_implementation
     lora = [m for m in model.modules() if isinstance(m, Linear) and _fusable(m)]
+    norms = [m for m in model.modules() if hasattr(m, "variance_epsilon") and _frozen_on_cpu(m.weight)]
     model.config._attn_implementation = ATTENTION
     for module in lora:
         module.forward = _lora_forward.__get__(module)
+    for norm in norms:
+        norm.forward = partial(cpu.rms_norm, w=norm.weight, eps=norm.variance_epsilon)
     try:
         yield
     finally:
         model.config._attn_implementation = before
-        for module in lora:
+        for module in lora + norms:
             del module.forward
 
 
@@ -180,7 +184,11 @@ def _attention(
 
 
 def _fusable(module: Any) -> bool:
-    return type(module.base_layer) is nn.Linear and module.base_layer.weight.device.type == "cpu"
+    return type(module.base_layer) is nn.Linear and _frozen_on_cpu(module.base_layer.weight)
+
+
+def _frozen_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and not weight.requires_grad
 
 
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
