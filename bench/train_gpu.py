@@ -23,6 +23,7 @@ tokens a second and seconds, with the peak of allocated memory and the mean loss
 """
 
 import argparse
+import gc
 import gzip
 import json
 import resource
@@ -240,6 +241,7 @@ def peak() -> int:
 
 
 def fresh() -> None:
+    gc.collect()  # trainers hold themselves, and with them adapters and moments
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from medlora.errors import ModelError
+from medlora.generate.batch import Batch
 from medlora.generate.cache import Cache
 from medlora.generate.decoder import Decoder, Pass, Span
 from medlora.generate.engine import Engine
@@ -56,6 +57,24 @@ def test_greedy_tokens_are_those_of_transformers(toy_model: Any, engine: Engine,
     ours = ids_of(engine.generate([request])[0])
     assert ours == theirs(toy_model, ids, adapter, 40)
     assert ids_of(engine.generate([request])[0]) == ours  # now with the prompt's blocks from the cache
+
+
+def test_a_row_may_end_while_a_step_beyond_it_is_under_way(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU steps are launched ahead of what is read."""
+    begin = Batch.__init__
+
+    def ahead(self: Batch, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self.ahead = True
+
+    ids = [prompt(seed, 20) for seed in range(12)]  # more than the engine's seats
+    settings = Sampling(max_new_tokens=9)
+    alone = [ids_of(engine.generate([Request(each, settings, "all")])[0]) for each in ids]
+    monkeypatch.setattr(Batch, "__init__", ahead)
+    ends = [frozenset({tokens[i % 5 + 1]}) for i, tokens in enumerate(alone)]
+    found = engine.generate([Request(each, settings, "all", end) for each, end in zip(ids, ends, strict=True)])
+    for tokens, whole, end in zip(found, alone, ends, strict=True):
+        assert ids_of(tokens) == whole[: next(i for i, token in enumerate(whole) if token in end) + 1]
 
 
 def test_a_penalty_is_that_of_transformers(toy_model: Any, engine: Engine) -> None:

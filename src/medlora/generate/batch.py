@@ -99,7 +99,7 @@ class Batch:
         if rows:
             return self._choose(rows, [()] * len(rows), self._prefill(rows), began)
         rows = [row for row in self.running if row.launched < row.limit]
-        if not rows and not self.running:
+        if self.waiting and not self.running:
             raise ModelError("the memory for keys and values is taken by other calls; ask again when they have ended")
         if not rows:
             return None

@@ -3,10 +3,11 @@
     y = x W' + s dropout(x) A' B'        dx = g W + dropout(s g B A)
 
 The weights of a group are dequantised side by side into a buffer that all groups of the model share, and the
-4-bit codes are the only lasting copy; with `keep` they stay dequantised, two bytes each. The rank-R term is
-written first and the product of the base adds onto it inside its own float32 accumulator: the sum costs no
-pass over y, and is rounded once. With FP8 (row-wise e4m3, `kernels.fp8`) activations and gradients are
-quantised on the way, and the weights in both orientations, once with `keep` and in every pass without.
+4-bit codes are the only lasting copy; with `keep` they stay dequantised, two bytes each. Forward, the rank-R term is
+written first and the product of the base adds onto it inside its own float32 accumulator: the sum is rounded once.
+Backward, it is added last unless it is dropped out: products with W run a tenth slower when they add. With FP8
+(row-wise e4m3, `kernels.fp8`) activations and gradients are quantised on the way, and the weights in both
+orientations, once with `keep` and in every pass without.
 
 Dropout's mask is a function of a seed and is never stored. Modules of a group share it (PEFT draws one for
 each: every module sees the same distribution, not the same draw). The trained tensors stay PEFT's own float32
@@ -230,8 +231,10 @@ class _Linear(Function):
                 grads += [da[ranks], each]
         dx = None
         if ctx.needs_input_grad[0]:
-            onto = None if dh_TR is None else dropout(dh_TR @ group.a, how.p, how.seed)
+            onto = None if dh_TR is None or not how.p else dropout(dh_TR @ group.a, how.p, how.seed)
             dx = group.product(grad, how.scratch, onto, back=True)
+            if dh_TR is not None and onto is None:
+                dx.addmm_(dh_TR, group.a)
             dx = _through_swiglu(dx, x) if group.gated else dx
         return dx, None, None, *grads
 
