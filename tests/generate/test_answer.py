@@ -80,7 +80,7 @@ def test_other_architectures_decode_through_transformers_and_it_is_said(assistan
 
 @pytest.fixture(scope="module")
 def real(embedded: Path) -> Assistant:
-    return Assistant.load(base=Base())
+    return Assistant.load(base=Base(compute_dtype="float32"))
 
 
 @pytest.mark.slow

@@ -70,12 +70,12 @@ def saved(folder: Path, name: str, **shape: Any) -> Path:
 def test_a_sharded_base_is_loaded_as_transformers_loads_it_twice(
     llama_folder: Path, double: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = theirs(llama_folder, double)
-    assert_same(ours(llama_folder, double), other)
+    # each time anew: on some CPUs bitsandbytes lays a weight out otherwise when it is first used
+    assert_same(ours(llama_folder, double), theirs(llama_folder, double))
     (kept,) = cache.iterdir()
     monkeypatch.setattr(stream, "_read_plain", None)  # or it would be called
-    assert_same(ours(llama_folder, double), other)
-    assert_same(theirs(kept, low_cpu_mem_usage=True), other)
+    assert_same(ours(llama_folder, double), theirs(llama_folder, double))
+    assert_same(theirs(kept, low_cpu_mem_usage=True), theirs(llama_folder, double))
 
 
 @pytest.mark.parametrize(
