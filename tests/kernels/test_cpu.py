@@ -54,6 +54,13 @@ def test_linear_cross_entropy_where_bfloat16_loses_a_probability() -> None:
     assert hidden.grad is not None and float(hidden.grad) == 310
 
 
+def test_linear_cross_entropy_of_nothing_is_zero() -> None:
+    hidden = torch.empty(0, 64, requires_grad=True)
+    loss = cpu.linear_cross_entropy(hidden, torch.randn(503, 64), torch.empty(0, dtype=torch.int64))
+    loss.backward()
+    assert float(loss) == 0
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_lora_linear(p: float) -> None:
     """Both dropout and its backward by the same mask, which is read off an adapter that is the identity."""

@@ -119,7 +119,7 @@ class _LinearCrossEntropy(Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        size = min(max(1, CHUNK // (len(weight) * weight.element_size())), len(labels))
+        size = max(1, min(CHUNK // (len(weight) * weight.element_size()), len(labels)))
         buffer = hidden.new_empty(size, len(weight))  # one for all: fresh pages cost more than the softmax
         for start in range(0, len(labels), size):
             rows, label = slice(start, start + size), labels[start : start + size]

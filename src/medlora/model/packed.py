@@ -3,7 +3,7 @@
 The token mean over a packed row equals the token mean over the same documents in padded micro-batches, so
 packing changes the speed and not the mathematics. While packed rows pass, the decoder's forward is swapped:
 on a GPU for `fused.Fused` as a whole; on a CPU, and where a model is unfusable, Transformers' own decoder
-layers run and only their attention function and, on a CPU, the forward of PEFT's LoRA layers are ours.
+layers run and only their attention function and, on a CPU, the forward of norms and PEFT's LoRA layers are ours.
 """
 
 from collections.abc import Iterator, Sequence
