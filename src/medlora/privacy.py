@@ -15,6 +15,7 @@ _DEFAULTS = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # or bitsandbytes imports all of torch's compiler, which nothing here uses
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "TRANSFORMERS_VERBOSITY": "error",
 }

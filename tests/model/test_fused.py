@@ -88,13 +88,14 @@ def test_a_seed_decides_the_dropout(dropping: Any) -> None:
 
 
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"]], ids=["all", "qv"])
+@pytest.mark.parametrize("held", [0, 1])
 @pytest.mark.parametrize("way", ["selective", "full", "offload"])
-def test_what_is_recomputed_gives_the_same_gradients(way: Any, targets: list[str]) -> None:
+def test_what_is_recomputed_gives_the_same_gradients(way: Any, held: int, targets: list[str]) -> None:
     model, batch = make(targets, lora={"lora_dropout": 0.3}), pack(documents())
 
     def step(recompute: Any) -> tuple[Tensor, dict[str, Tensor]]:
         torch.manual_seed(3)
-        with packing(model, fuse=True, recompute=recompute):
+        with packing(model, fuse=True, recompute=recompute, held=held):
             loss = packed_loss(model, batch)[0]
             loss.backward()
         return loss.detach(), gradients(model)
@@ -115,13 +116,13 @@ def saved_bytes(model: Any, recompute: Any) -> int:
 
     sent: list[Tensor] = []
     with packing(model, fuse=True, recompute=recompute) as fused:
-        original = fused.offload.pack
-        fused.offload.pack = lambda x: (sent.append(x), original(x))[1]  # type: ignore[method-assign]
+        original = fused.offload.send
+        fused.offload.send = lambda x: (sent.append(x), original(x))[1]  # type: ignore[method-assign]
         with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda x: x):
             loss = packed_loss(model, pack(documents((128,))))[0]
         loss.backward()
     model.zero_grad()
-    assert len(sent) == (len(fused.groups) if recompute == "offload" else 0)
+    assert len(sent) == (2 * len(fused.groups) if recompute == "offload" else 0)
     return sum(held.values())
 
 
@@ -143,8 +144,15 @@ def test_selective_saves_neither_norms_nor_the_widest_product(monkeypatch: pytes
     assert not any(isinstance(x, Tensor) and x.shape[-1] == widest for x in kept)
 
 
-def test_a_recomputed_layer_leaves_its_last_product_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = make(), []
+@pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"]], ids=["all", "qv"])
+@pytest.mark.parametrize(
+    ("way", "held", "others"), [("full", 0, 2 * 2 * 3), ("offload", 0, 2 * 5), ("full", 1, 2 * 3 + 3)]
+)
+def test_what_is_recomputed_leaves_its_last_product_out(
+    monkeypatch: pytest.MonkeyPatch, way: Any, held: int, others: int, targets: list[str]
+) -> None:
+    """Down is computed once, and o too where halves are recomputed apart; a held layer computes nothing twice."""
+    model, calls = make(targets), []
     product = Group.product
 
     def counting(self: Group, *args: Any, back: bool = False) -> Tensor:
@@ -152,9 +160,9 @@ def test_a_recomputed_layer_leaves_its_last_product_out(monkeypatch: pytest.Monk
         return product(self, *args, back=back)
 
     monkeypatch.setattr(Group, "product", counting)
-    with packing(model, fuse=True, recompute="full"):
+    with packing(model, fuse=True, recompute=way, held=held):
         packed_loss(model, pack(documents()))[0].backward()
-    assert calls.count((True, False)) == 2 and calls.count((False, False)) == 2 * 2 * 3
+    assert calls.count((True, False)) == 2 and calls.count((False, False)) == others
 
 
 def test_settings_change_between_rows() -> None:

@@ -68,6 +68,23 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     assert least.peak_bytes == min(plan.peak_bytes for plan in found) and "may not fit" in least.describe(GIB)
 
 
+def test_memory_left_over_holds_layers() -> None:
+    capacities = [gib * GIB for gib in (9, 12, 16, 24)]
+    offloading = predict(LLAMA, work(*ALL_LINEAR), 1, "offload", False, "adamw_torch_fused")
+    found = [offloading]
+    chosen = [choose(found, capacity) for capacity in capacities]
+    held = [plan.held for plan in chosen]
+    assert held[0] == 0 < held[1] < held[2] < held[3] < LLAMA.layers
+    for plan, capacity in zip(chosen, capacities, strict=True):
+        assert plan.fits(capacity) and plan.peak_bytes + plan.row_tokens * plan.held_bytes > capacity
+    everything = choose(found, 140 * GIB)
+    kept = predict(LLAMA, work(*ALL_LINEAR), 1, "none", False, "adamw_torch_fused").peak_bytes
+    assert everything.held == LLAMA.layers and "but of the last 32" in everything.describe(140 * GIB)
+    assert everything.peak_bytes == pytest.approx(kept, rel=0.05)
+    asked = plans(LLAMA, work(*ALL_LINEAR, "training.gradient_checkpointing=true"))
+    assert choose(asked, 140 * GIB).held == 0
+
+
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=lambda shape: shape.name)
 def test_nothing_is_recomputed_where_memory_is_plenty(shape: Shape) -> None:
     for tokens in (64, 2048, 16384):

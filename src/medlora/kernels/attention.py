@@ -74,7 +74,7 @@ class _FlashAttention(Function):
             grad.view(out.shape), *_heads(qkv, ctx.heads), out, lse, row.starts, row.starts, n, n, 0.0, True,
             rng, unused, scale=ctx.scale,
         )  # fmt: skip
-        d_qkv = torch.empty_like(qkv)
+        d_qkv = qkv.detach()  # nobody reads q, k and v again: their gradients take their place
         to_q, to_k, to_v = _heads(d_qkv, ctx.heads)
         rope_back(dq, dk, to_q, to_k, row.cos, row.sin)
         to_v.copy_(dv)

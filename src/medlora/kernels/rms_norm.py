@@ -119,16 +119,14 @@ def _backward(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, h, r = _forward(x, residual, weight, eps)
         ctx.save_for_backward(h, weight, r)
         ctx.set_materialize_grads(False)
-        return y if residual is None else (y, h)
+        return y, h
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         h, weight, r = ctx.saved_tensors
         if dy is None:  # the norm was not used, only the sum
             return dh, dh, None, None
@@ -147,20 +145,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Raises:
         ValueError: D above 65536.
     """
-    if not use_triton(x):
-        return reference.rms_norm(x, weight, eps)[0]
-    y: Tensor = _RMSNorm.apply(x.reshape(-1, x.shape[-1]).contiguous(), None, weight, eps)
-    return y.view(x.shape)
+    return add_rms_norm(x, None, weight, eps)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(h), h) with h = x + residual, in one pass; shapes and errors as `rms_norm`.
 
     Args:
-        residual: as x in shape and dtype.
+        residual: as x in shape and dtype; None for zero.
     """
     if not use_triton(x):
         return reference.rms_norm(x, weight, eps, residual)
-    flat, other = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, residual))
+    flat, other = (t if t is None else t.reshape(-1, x.shape[-1]).contiguous() for t in (x, residual))
     y, h = _RMSNorm.apply(flat, other, weight, eps)
     return y.view(x.shape), h.view(x.shape)

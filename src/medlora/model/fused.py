@@ -13,7 +13,10 @@ What a layer keeps for its backward pass is a choice (`Recompute`), and none of 
     none       everything but SwiGLU's output: 4 D + q, k, v + attention's output + gate, up
     selective  the sums, q, k, v and attention's output; norms and the gate-up product are computed again
     full       its input alone; all but the last product is computed again (Chen et al. 2016, arXiv:1604.06174)
-    offload    the same, its input in pinned host memory, fetched a layer ahead; so is the embedding, unless tied
+    offload    the inputs of its two halves, attention and MLP, in pinned host memory, fetched a half ahead; all but
+               the halves' last products is computed again. The embedding lies there too, unless tied
+
+With the last two, the `held` last layers of the stack keep everything, as far as memory allows.
 
 Where a model holds something this file does not know, `Fused` raises `Unfusable` with the reason and the
 caller runs Transformers' layers instead.
@@ -21,19 +24,22 @@ caller runs Transformers' layers instead.
 Shapes: T tokens of the row, D inputs, H query heads, K key heads, C head size.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+# torch leaves Function.apply untyped
+# mypy: allow-untyped-calls
+from collections.abc import Callable
+from functools import partial
+from itertools import compress
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from medlora.kernels.attention import Documents, attention
-from medlora.kernels.rms_norm import add_rms_norm, rms_norm
+from medlora.kernels.rms_norm import add_rms_norm
 from medlora.model.group import Group, Pass, Unfusable
 from medlora.model.offload import Offload
 
@@ -59,14 +65,17 @@ class Fused:
         causal: the causal LM; its linear modules: `nn.Linear`, bitsandbytes' NF4, or PEFT LoRA over either.
         keep: hold the weights dequantised (two bytes each, one saved launch in every pass).
         recompute: what a layer keeps.
+        held: how many of the last layers keep everything, where the others keep no more than inputs.
         fp8: products of the frozen weights in row-wise FP8.
 
     Raises:
         Unfusable: something in the model that this path does not compute.
     """
 
-    def __init__(self, causal: Any, keep: bool = False, recompute: Recompute = "none", fp8: bool = False) -> None:
-        self.model, config, self.keep, self.fp8 = causal.model, causal.config, keep, fp8
+    def __init__(
+        self, causal: Any, keep: bool = False, recompute: Recompute = "none", fp8: bool = False, held: int = 0
+    ) -> None:
+        self.model, config, self.keep, self.fp8, self.held = causal.model, causal.config, keep, fp8, held
         self.head: Tensor = causal.lm_head.weight
         self.recompute: Recompute = recompute
         self.dtype: torch.dtype = self.model.embed_tokens.weight.dtype
@@ -86,7 +95,6 @@ class Fused:
         head_size = layer.self_attn.head_dim
         self.heads = (config.num_attention_heads, config.num_key_value_heads, head_size)
         self.offload = Offload()
-        self.again = False
         self._plan()
 
     def _plan(self) -> None:
@@ -117,8 +125,8 @@ class Fused:
         table.data = table.data.to("cpu" if away else self.device)
 
     def change(self, keep: bool, recompute: Recompute) -> None:
-        """Go on with other settings from the next row on."""
-        self.recompute, self.keep = recompute, keep
+        """Go on with other settings from the next row on, and without held layers."""
+        self.recompute, self.keep, self.held = recompute, keep, 0
         self._hold()
 
     def close(self) -> None:
@@ -154,54 +162,58 @@ class Fused:
         return Row(Documents.of(cos[0], sin[0], borders), seed, self.model.training)
 
     def _layers(self, x: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
-        """(what the last layer adds, the residual it adds to); without the second, their sum."""
-        if not torch.is_grad_enabled() or self.recompute in ("none", "selective"):
-            residual: Tensor | None = None
-            layer = self._layer if self.recompute == "none" else self._selective_layer
-            for index in range(len(self.groups)):
-                x, residual = layer(x, residual, row, index)
-            return x, residual
-        hooks: AbstractContextManager[Any] = nullcontext()
-        if self.recompute == "offload":
-            self.offload.start()
-            hooks = saved_tensors_hooks(self.offload.pack, self.offload.unpack)
-        with hooks:
-            for index in range(len(self.groups)):
-                x = checkpoint(
-                    self._whole_layer, x, row, index,
-                    use_reentrant=False, preserve_rng_state=False, context_fn=self._contexts,
-                )  # fmt: skip
-        return x, None
+        """(what the last layer adds, the residual it adds to)."""
+        residual: Tensor | None = None
+        ways = {"selective": self._selective_layer, "full": self._recomputed_layer, "offload": self._offloaded_layer}
+        way = ways.get(self.recompute, self._layer) if torch.is_grad_enabled() else self._layer
+        held = 0 if self.recompute == "selective" else self.held
+        self.offload.start()
+        for index in range(len(self.groups)):
+            layer = self._layer if index >= len(self.groups) - held else way
+            x, residual = layer(x, residual, row, index)
+        return x, residual
 
-    def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self._recomputing()
-
-    @contextmanager
-    def _recomputing(self) -> Iterator[None]:
-        self.again = True
-        try:
-            yield
-        finally:
-            self.again = False
-
-    def _whole_layer(self, x: Tensor, row: Row, index: int) -> Tensor:
-        """A recomputed layer keeps its input alone, so that is the sum."""
-        added, residual = self._layer(x, None, row, index)
-        return added + residual
-
-    def _pass(self, row: Row, index: int, group: Group, lean: bool = False, discard: bool = False) -> Pass:
-        seed = row.seed + 4 * index + self.groups[index].index(group)
-        return Pass(self.scratch, group.dropout if row.dropping else 0.0, seed, lean, discard)
+    def _pass(self, row: Row, index: int, place: int, lean: bool = False, discard: bool = False) -> Pass:
+        dropout = self.groups[index][place].dropout if row.dropping else 0.0
+        return Pass(self.scratch, dropout, row.seed + 4 * index + place, lean, discard)
 
     def _layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         """(what the layer adds, the residual it adds to); x likewise belongs onto `residual`."""
-        layer = self.model.layers[index]
-        qkv, o, gate_up, down = self.groups[index]
-        y, h = _norm(x, residual, layer.input_layernorm)
-        heads = attention(qkv(y, self._pass(row, index, qkv)), row.documents, self.heads, layer.self_attn.scaling)
-        y, h = _norm(o(heads, self._pass(row, index, o)), h, layer.post_attention_layernorm)
-        hidden = gate_up(y, self._pass(row, index, gate_up))
-        return down(hidden, self._pass(row, index, down, discard=self.again)), h
+        y, h = _norm(x, residual, self.model.layers[index].input_layernorm)
+        return self._from_norm(row, index, y, h)
+
+    def _from_norm(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
+        added, h = self._attention(row, index, y, h)
+        y, h = _norm(added, h, self.model.layers[index].post_attention_layernorm)
+        return self._mlp(row, index, y, h, again)
+
+    def _attention(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
+        qkv, o, _, _ = self.groups[index]
+        scaling = self.model.layers[index].self_attn.scaling
+        heads = attention(qkv(y, self._pass(row, index, 0)), row.documents, self.heads, scaling)
+        return o(heads, self._pass(row, index, 1, discard=again)), h
+
+    def _mlp(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
+        _, _, gate_up, down = self.groups[index]
+        return down(gate_up(y, self._pass(row, index, 2)), self._pass(row, index, 3, discard=again)), h
+
+    def _recomputed_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
+        rest = partial(self._from_norm, row, index)
+        return self._recomputed(x, residual, self.model.layers[index].input_layernorm, rest)
+
+    def _offloaded_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
+        layer, attend, mlp = (
+            self.model.layers[index],
+            partial(self._attention, row, index),
+            partial(self._mlp, row, index),
+        )
+        x, residual = self._recomputed(x, residual, layer.input_layernorm, attend, self.offload)
+        return self._recomputed(x, residual, layer.post_attention_layernorm, mlp, self.offload)
+
+    def _recomputed(self, x: Tensor, residual: Tensor | None, *what: Any) -> tuple[Tensor, Tensor]:
+        trained = self.masters[0] if self.masters else None  # the first layer's input asks for no gradient
+        found: tuple[Tensor, Tensor] = _Recomputed.apply(x, residual, trained, *what)
+        return found
 
     def _selective_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         """As `_layer`; norms and the gate-up product are made again when the backward asks for them."""
@@ -212,18 +224,18 @@ class Fused:
             y, first = _norm(x, residual, layer.input_layernorm)
             cheap.add(y, lambda: _norm(first.detach(), None, layer.input_layernorm)[0])
             heads = attention(
-                qkv(y, self._pass(row, index, qkv, lean=True)), row.documents, self.heads, layer.self_attn.scaling
+                qkv(y, self._pass(row, index, 0, lean=True)), row.documents, self.heads, layer.self_attn.scaling
             )
-            y, h = _norm(o(heads, self._pass(row, index, o, lean=True)), first, layer.post_attention_layernorm)
+            y, h = _norm(o(heads, self._pass(row, index, 1, lean=True)), first, layer.post_attention_layernorm)
 
             def normed() -> Tensor:
                 return _norm(h.detach(), None, layer.post_attention_layernorm)[0]
 
-            how = self._pass(row, index, gate_up, lean=True)
+            how = self._pass(row, index, 2, lean=True)
             cheap.add(y, normed)
             hidden = gate_up(y, how)
             cheap.add(hidden, lambda: gate_up.forward(normed(), how)[0])
-            return down(hidden, self._pass(row, index, down)), h
+            return down(hidden, self._pass(row, index, 3)), h
 
 
 class _Cheap:
@@ -243,10 +255,40 @@ class _Cheap:
         return kept if isinstance(kept, Tensor) else kept()
 
 
+class _Recomputed(Function):
+    """A norm and the `rest` behind it, keeping the sum that the norm reads: the backward pass computes both again.
+
+    Other than torch.utils.checkpoint it asks for no hook on each tensor saved, and what comes back is one tensor.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, trained: Tensor | None, norm: Any, rest: Any,
+        offload: Offload | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        y, h = _norm(x, residual, norm)
+        ctx.norm, ctx.rest, ctx.offload, ctx.device = norm, rest, offload, h.device
+        if offload:
+            ctx.place = offload.send(h)
+        else:
+            ctx.save_for_backward(h)
+        found: tuple[Tensor, Tensor] = rest(y, h)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.offload.fetch(ctx.place, ctx.device) if ctx.offload else ctx.saved_tensors[0]
+        h = kept.detach().requires_grad_(ctx.needs_input_grad[0])
+        with torch.enable_grad():
+            found = ctx.rest(*_norm(h, None, ctx.norm), again=True)
+        asked = [y.requires_grad for y in found]
+        if any(asked):
+            torch.autograd.backward(tuple(compress(found, asked)), tuple(compress(grads, asked)))
+        return h.grad, h.grad if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
 def _norm(x: Tensor, residual: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum)."""
-    if residual is None:
-        return rms_norm(x, norm.weight, norm.variance_epsilon), x
     return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
 
 

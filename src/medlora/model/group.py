@@ -160,13 +160,16 @@ class Group:
 
     def forward(self, x: Tensor, how: Pass) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(y [T, N], dropout(x) [T, D], s dropout(x) A' [T, R]); the last two None without adapters."""
+        nothing = x.new_empty(()).expand(len(x), self.shape[0])  # a shape without memory
+        if how.discard and not self.parts:
+            return nothing, None, None
         inner = self.input(x)
         if not self.parts:
             return self._with_bias(self.product(inner, how.scratch, None)), None, None
         dropped = dropout(inner, how.p, how.seed)
         h_TR = _scaled(dropped, self.a.t(), self.scaling)
         if how.discard:
-            return x.new_empty(len(x), self.shape[0]), dropped, h_TR
+            return nothing, dropped, h_TR
         return self._with_bias(self.product(inner, how.scratch, self.adapted(h_TR))), dropped, h_TR
 
     def _with_bias(self, y: Tensor) -> Tensor:

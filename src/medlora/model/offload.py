@@ -1,4 +1,4 @@
-"""What autograd saves, in host memory until the backward pass comes back for it.
+"""What a recomputed layer keeps, in host memory until the backward pass comes back for it.
 
 Layers go out in order and come back in reverse, so when one is asked for, the one before it is already on
 its way: copies run on a stream of their own, beside the layers' products. Host memory is pinned, since only
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Offload:
-    """`pack` and `unpack` of `torch.autograd.graph.saved_tensors_hooks` for one row at a time."""
+    """What one row has sent to the host."""
 
     def __init__(self) -> None:
         self.host: list[Tensor] = []
@@ -27,10 +27,8 @@ class Offload:
         self.host.clear()
         self.back.clear()
 
-    def pack(self, x: Tensor) -> Tensor | tuple[int, torch.device]:
-        """Send x away; anything but a row's activations [T, D] stays."""
-        if x.dim() != 2:
-            return x
+    def send(self, x: Tensor) -> int:
+        """Copy x to the host; what `fetch` takes to bring it back."""
         if x.is_cuda and self.stream is None:
             self.stream = torch.cuda.Stream(x.device)
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
@@ -42,13 +40,11 @@ class Offload:
         else:
             host.copy_(x)
         self.host.append(host)
-        return len(self.host) - 1, x.device
+        return len(self.host) - 1
 
-    def unpack(self, kept: Tensor | tuple[int, torch.device]) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        place, device = kept
-        self._fetch(place, device)
+    def fetch(self, place: int, device: torch.device) -> Tensor:
+        """The tensor again, on `device`; the last one sent first."""
+        self._set_out(place, device)
         x, arrived = self.back.pop(place)
         if arrived is not None:
             current = torch.cuda.current_stream(device)
@@ -56,10 +52,10 @@ class Offload:
             x.record_stream(current)
         del self.host[place:]  # layers come back in reverse: nothing after this one is asked for again
         if place:
-            self._fetch(place - 1, device)
+            self._set_out(place - 1, device)
         return x
 
-    def _fetch(self, place: int, device: torch.device) -> None:
+    def _set_out(self, place: int, device: torch.device) -> None:
         if place in self.back:
             return
         if self.stream is None:

@@ -47,12 +47,14 @@ def unfused(model: Any, fp8: bool = False) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _fused(model: Any, keep: bool = False, recompute: Recompute = "none", fp8: bool = False) -> Fused | str:
+def _fused(
+    model: Any, keep: bool = False, recompute: Recompute = "none", fp8: bool = False, held: int = 0
+) -> Fused | str:
     causal = _causal(model)
     if causal.lm_head.weight.device.type != "cuda":
         return "the fused layers are for a GPU"
     try:
-        return Fused(causal, keep, recompute, fp8)
+        return Fused(causal, keep, recompute, fp8, held)
     except Unfusable as reason:
         return str(reason)
 
@@ -113,19 +115,25 @@ def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def packing(
-    model: Any, fuse: bool | None = None, *, keep: bool = False, recompute: Recompute = "none", fp8: bool = False
+    model: Any,
+    fuse: bool | None = None,
+    *,
+    keep: bool = False,
+    recompute: Recompute = "none",
+    fp8: bool = False,
+    held: int = 0,
 ) -> Iterator[Fused | None]:
     """Route packed rows through medlora's kernels, yielding the fused layers where they serve; put everything back
     at the end.
 
     Args:
         fuse: whether the fused layers serve; by default on a GPU, where the model allows it.
-        keep, recompute, fp8: how the fused layers compute; see `Fused`.
+        keep, recompute, fp8, held: how the fused layers compute; see `Fused`.
 
     Raises:
         Unfusable: `fuse` is true and the model does not allow it.
     """
-    how = (keep, recompute, fp8)
+    how = (keep, recompute, fp8, held)
     fused = _fused(model, *how) if fuse is None else Fused(_causal(model), *how) if fuse else "not asked for"
     if isinstance(fused, str):
         with _unfused_packing(model):

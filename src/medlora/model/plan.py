@@ -33,7 +33,7 @@ WORDS = {
     "none": "activations kept",
     "selective": "norms and gate-up products recomputed",
     "full": "layers recomputed",
-    "offload": "layers recomputed, their inputs in host memory",
+    "offload": "layers recomputed in halves, their inputs in host memory",
 }
 
 
@@ -141,11 +141,17 @@ class Plan:
     token_bytes: float
     """What one more token a row adds to the peak."""
     seconds: float
+    held_bytes: float = 0.0
+    """What holding the activations of one more layer adds, a token; 0 where that is no choice."""
+    layers: int = 0
+    held: int = 0
+    """The last layers that keep their activations all the same."""
 
     def describe(self, capacity: int) -> str:
         base = ", base kept dequantised" if self.keep else ""
         rows = f"{self.rows} row{'s' * (self.rows > 1)} of up to {self.row_tokens:,} tokens a step"
-        line = f"{rows}, {WORDS[self.recompute]}{base}, {self.optim}"
+        held = f" but of the last {self.held}" if self.held else ""
+        line = f"{rows}, {WORDS[self.recompute]}{held}{base}, {self.optim}"
         line += f"; predicted peak {self.peak_bytes / GIB:.1f} of {capacity / GIB:.1f} GiB"
         return line if self.fits(capacity) else f"{line}, which may not fit"
 
@@ -159,6 +165,12 @@ class Plan:
         peak = self.peak_bytes + int(more * self.token_bytes)
         return replace(self, row_tokens=self.row_tokens + more, peak_bytes=peak)
 
+    def holding(self, capacity: int) -> "Plan":
+        """With as many layers held as `capacity` bytes allow."""
+        layer = self.row_tokens * self.held_bytes
+        held = min(self.layers, max(0, int((capacity - self.peak_bytes) / layer))) if layer else 0
+        return replace(self, held=held, peak_bytes=self.peak_bytes + int(held * layer))
+
 
 def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> Plan:
     """The plan of one setting."""
@@ -167,7 +179,11 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
     token = _token_bytes(shape, work, recompute)
     seconds = _seconds(shape, work, rows, recompute, keep, optim)
-    return Plan(rows, tokens, recompute, keep, optim, int(fixed + tokens * token), token, seconds)
+    # as for the base: who asks for recomputation gets it in every layer
+    free = work.on_gpu and recompute in ("full", "offload") and work.recipe.training.gradient_checkpointing is not True
+    held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute) if free else 0.0
+    peak = int(fixed + tokens * token)
+    return Plan(rows, tokens, recompute, keep, optim, peak, token, seconds, held, shape.layers)
 
 
 def base_bytes(shape: Shape, work: Work, recompute: Recompute, keep: bool) -> float:
@@ -192,11 +208,13 @@ def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str) -
 
 def _token_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
     kept = shape.layers * _layer_bytes(shape, work, recompute)
-    if recompute in ("full", "offload"):
+    attention, mlp = _half_bytes(shape, work)
+    at_attention, at_mlp = _work_bytes(shape, work, recompute)
+    if recompute == "offload":  # a half at a time, and the input of the next on the device
+        return max(attention + at_attention, mlp + at_mlp) + work.width * shape.hidden
+    if recompute == "full":
         kept += _layer_bytes(shape, work, "none")
-    if recompute == "offload":  # two inputs are on the device at any time
-        kept += 2 * work.width * shape.hidden
-    return kept + _work_bytes(shape, work, recompute)
+    return kept + at_mlp
 
 
 def _layer_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
@@ -204,37 +222,57 @@ def _layer_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
     D, F = shape.hidden, shape.intermediate
     if recompute in ("full", "offload"):
         return work.width * D if recompute == "full" else 0
-    m, lora = shape.modules, work.recipe.lora
-    targets = shape.targets(lora.target_modules)
-    qkv, heads = m["q_proj"][0] + 2 * m["k_proj"][0], m["o_proj"][1]
-    elements = 2 * D + qkv + heads + lora.r * len(targets)
     if not work.on_gpu:  # Transformers' layers keep every step between
-        return work.width * (elements + 6 * D + 4 * F + shape.heads * min(work.longest, 768) / 2)
-    if recompute == "none":
-        elements += 2 * F + D * any(n in targets for n in ("q_proj", "k_proj", "v_proj"))
-        elements += D * any(n in targets for n in ("gate_proj", "up_proj"))
-        elements += heads * (lora.lora_dropout > 0 and "o_proj" in targets)
-    return work.width * elements + 4 * shape.heads + 8
+        return work.width * (_narrow(shape, work) + 6 * D + 4 * F + shape.heads * min(work.longest, 768) / 2)
+    if recompute == "selective":
+        return work.width * _narrow(shape, work) + 4 * shape.heads + 8
+    return sum(_half_bytes(shape, work))
 
 
-def _work_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
-    """Bytes a token that the widest backward product has at work: the gradient of SwiGLU's output, once more before
-    dropout, that of the sum, and what is made again."""
-    lora = work.recipe.lora
+def _narrow(shape: Shape, work: Work) -> int:
+    """Elements of the sums, of q, k, v, of attention's output and of the products with LoRA's A."""
+    lora, m = work.recipe.lora, shape.modules
+    qkv = m["q_proj"][0] + 2 * m["k_proj"][0]
+    return 2 * shape.hidden + qkv + m["o_proj"][1] + lora.r * len(shape.targets(lora.target_modules))
+
+
+def _half_bytes(shape: Shape, work: Work) -> tuple[float, float]:
+    """Bytes that attention and MLP keep of a token, each with its norm, for their backward passes."""
+    D, F, m, lora = shape.hidden, shape.intermediate, shape.modules, work.recipe.lora
+    targets = set(shape.targets(lora.target_modules))
+    qkv, heads = m["q_proj"][0] + 2 * m["k_proj"][0], m["o_proj"][1]
+    first = targets & {"q_proj", "k_proj", "v_proj", "o_proj"}
+    attention = D + qkv + heads + lora.r * len(first) + D * bool(first - {"o_proj"})
+    attention += heads * (lora.lora_dropout > 0 and "o_proj" in first)
+    mlp = D + 2 * F + lora.r * len(targets - first) + D * bool(targets & {"gate_proj", "up_proj"})
+    return work.width * attention + 4 * shape.heads + 4, work.width * mlp + 4
+
+
+def _work_bytes(shape: Shape, work: Work, recompute: Recompute) -> tuple[float, float]:
+    """Bytes a token that the backward passes of attention and MLP have at work. Attention: gradients of its output,
+    of the sum, of q, k and v. MLP: that of SwiGLU's output, once more before dropout, that of the sum, and what is made
+    again."""
+    lora, m = work.recipe.lora, shape.modules
     twice = lora.lora_dropout > 0 and "down_proj" in shape.targets(lora.target_modules)
     F = shape.intermediate * (1 + twice + 2 * (recompute == "selective"))
-    return work.width * (F + 2 * shape.hidden)
+    qkv = m["q_proj"][0] + 2 * m["k_proj"][0]
+    return work.width * (m["o_proj"][1] + qkv + 2 * shape.hidden), work.width * (F + 2 * shape.hidden)
 
 
 def _seconds(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> float:
     forward = 2 * shape.linear_weights
     share = {name: n * d * shape.layers / shape.linear_weights for name, (n, d) in shape.modules.items()}
-    again = {"none": 0.0, "selective": 2 * share["up_proj"]}.get(recompute, 1 - share["down_proj"])
+    again = {
+        "none": 0.0,
+        "selective": 2 * share["up_proj"],
+        "full": 1 - share["down_proj"],
+        "offload": 1 - share["down_proj"] - share["o_proj"],
+    }[recompute]
     rate = FLOPS * (1.7 if work.recipe.training.fp8 else 1)
     products = work.tokens * forward * (2 + again) / rate * (1.02 if recompute == "offload" else 1)
     bytes_a_weight = 6 if work.recipe.training.fp8 else 2.5
     dequantised = 0.0 if keep else rows * (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
-    host = rows * HOST * (1 + 0.5 * (recompute != "none") + 0.1 * (not keep))
+    host = rows * HOST * (1 + 0.5 * (recompute != "none") + 0.2 * (recompute == "offload") + 0.1 * (not keep))
     return max(products + dequantised, host) + rows * ROW + OPTIM_SECONDS.get(optim, 0.0)
 
 
@@ -264,11 +302,12 @@ def _optims(work: Work) -> tuple[str, ...]:
 
 
 def choose(found: Sequence[Plan], capacity: int) -> Plan:
-    """The fastest plan that fits `capacity` bytes, its rows as long as they may be; where none does, the smallest."""
+    """The fastest plan that fits `capacity` bytes, its rows as long as they may be and then its held layers as many;
+    where none does, the smallest."""
     fitting = [plan for plan in found if plan.fits(capacity)]
     if not fitting:
         return min(found, key=lambda plan: plan.peak_bytes)
-    return fitting[0].grown(capacity, max(plan.row_tokens for plan in found))
+    return fitting[0].grown(capacity, max(plan.row_tokens for plan in found)).holding(capacity)
 
 
 def fall_back(found: Sequence[Plan], plan: Plan) -> Plan | None:

@@ -171,7 +171,8 @@ def running(trainer: SFTTrainer) -> Iterator[None]:
     plan = trainer.plan if isinstance(trainer, PackedTrainer) else None
     if plan:
         fp8 = trainer.engine.fp8
-        with packing(trainer.model, True, keep=plan.keep, recompute=plan.recompute, fp8=fp8) as trainer.fused:
+        how: dict[str, Any] = {"keep": plan.keep, "recompute": plan.recompute, "fp8": fp8, "held": plan.held}
+        with packing(trainer.model, True, **how) as trainer.fused:
             yield
         return
     with packing(trainer.model) if isinstance(trainer, PackedTrainer) else nullcontext():
