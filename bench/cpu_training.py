@@ -131,7 +131,7 @@ def main() -> None:
     if arguments.side:
         from medlora.privacy import quiet
 
-        quiet()
+        quiet(compiler=True)
         if arguments.threads:
             import torch
 

@@ -270,7 +270,7 @@ def main() -> None:
     if arguments.side:
         from medlora.privacy import quiet
 
-        quiet(offline=True)
+        quiet(offline=True, compiler=True)
         print(json.dumps(run_side(arguments)))
         return
     with TemporaryDirectory(dir="/dev/shm" if on_gpu and Path("/dev/shm").is_dir() else None) as folder:

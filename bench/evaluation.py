@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--max-batch-size", type=int, default=64, help="where its search begins; 64 is its default")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    quiet(offline=True)
+    quiet(offline=True, compiler=True)
     from lm_eval.models.huggingface import HFLM
 
     from medlora.evaluate.score import choice_lines

@@ -108,7 +108,7 @@ def main() -> None:
     if arguments.run:
         from medlora.privacy import quiet
 
-        quiet()
+        quiet(compiler=True)
         print(json.dumps(measure(table[arguments.run], arguments.seeds[0], arguments)))
         return
     wanted = [(name, seed) for name in arguments.only or table for seed in arguments.seeds]

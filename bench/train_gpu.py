@@ -378,7 +378,7 @@ def main() -> None:
     if arguments.side:
         from medlora.privacy import quiet
 
-        quiet()
+        quiet(compiler=True)
         if arguments.side == "unsloth":
             import unsloth  # noqa: F401  before transformers, which it rewrites
         print(json.dumps(run_side(arguments)))

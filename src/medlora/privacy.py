@@ -15,17 +15,21 @@ _DEFAULTS = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
-    "TORCHDYNAMO_DISABLE": "1",  # or bitsandbytes imports all of torch's compiler, which nothing here uses
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def quiet(offline: bool = False) -> None:
-    """Turn telemetry and chatter off and, with `offline`, forbid the hub libraries any connection."""
+def quiet(offline: bool = False, *, compiler: bool = False) -> None:
+    """Turn telemetry and chatter off and, with `offline`, forbid the hub libraries any connection.
+
+    Without `compiler`, torch.compile is off: nothing here uses it, and bitsandbytes would import all of it.
+    """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if not compiler:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if offline:
         os.environ.update(_OFFLINE)
     for name in ("bitsandbytes", "transformers", "torch.distributed", "httpx"):
