@@ -16,7 +16,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 KERNELS = (
-    "nf4", "rms_norm", "rope", "swiglu", "dropout", "cross_entropy", "fp8", "nf4_linear", "decode_attention",
+    "nf4", "rms_norm", "rope", "swiglu", "dropout", "embedding", "cross_entropy", "fp8", "nf4_linear",
+    "decode_attention",
 )  # fmt: skip
 if not torch.cuda.is_available() and find_spec("triton"):
     # Triton decides when a kernel is decorated, so the kernels are loaded under the variable before any test module

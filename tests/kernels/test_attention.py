@@ -72,3 +72,12 @@ def test_on_a_gpu_the_kernels_give_the_same(borders, heads):
     assert out.isfinite().all() and grad.isfinite().all()
     assert (out - expected).norm() < 0.01 * expected.norm()
     assert (grad - expected_grad).norm() < 0.015 * expected_grad.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_row_has_the_same_gradients_each_time():
+    first, *others = (
+        both(attention, [0, 700, 1000, 1900, 2384], (8, 8, 128), torch.bfloat16, "cuda")[0][1] for _ in range(4)
+    )
+    assert all(torch.equal(first, other) for other in others)

@@ -29,6 +29,7 @@ CASES = [  # module, kernel, pointers, constants, warps
     ("rope", "_rope_kernel", {}, {"INVERSE": True, "Q_HEADS": 32, "K_HEADS": 8, "HALF": 64}, 4),
     ("swiglu", "_forward_kernel", {}, {"BLOCK": 1024}, 4),
     ("swiglu", "_backward_kernel", {}, {"BLOCK": 1024}, 4),
+    ("embedding", "_gather_kernel", {"ids": "*i64"}, {"BLOCK": 4096}, 4),
     ("dropout", "_dropout_kernel", {}, {"GROUPS": 256}, 4),
     (
         "cross_entropy",

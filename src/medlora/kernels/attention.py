@@ -12,6 +12,8 @@ Shapes: T tokens of the row, H query heads, K key heads, C head size.
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -70,15 +72,31 @@ class _FlashAttention(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (qkv, out, lse, rng, unused), row, n = ctx.saved_tensors, ctx.row, ctx.row.longest
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
-            grad.view(out.shape), *_heads(qkv, ctx.heads), out, lse, row.starts, row.starts, n, n, 0.0, True,
-            rng, unused, scale=ctx.scale,
-        )  # fmt: skip
+        with _in_one_order():
+            dq, dk, dv = torch.ops.aten._flash_attention_backward(
+                grad.view(out.shape), *_heads(qkv, ctx.heads), out, lse, row.starts, row.starts, n, n, 0.0, True,
+                rng, unused, scale=ctx.scale,
+            )  # fmt: skip
         d_qkv = qkv.detach()  # nobody reads q, k and v again: their gradients take their place
         to_q, to_k, to_v = _heads(d_qkv, ctx.heads)
         rope_back(dq, dk, to_q, to_k, row.cos, row.sin)
         to_v.copy_(dv)
         return d_qkv, None, None, None
+
+
+@contextmanager
+def _in_one_order() -> Iterator[None]:
+    """Programs add up dq as they come, so that a seed would not decide the losses, unless torch's global switch asks
+    for one order."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch._C._get_deterministic_fill_uninitialized_memory()
+    torch._C._set_deterministic_fill_uninitialized_memory(False)
+    torch._C._set_deterministic_algorithms(True, warn_only=False)  # torch's own function imports its compiler
+    try:
+        yield
+    finally:
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
+        torch._C._set_deterministic_fill_uninitialized_memory(filling)
 
 
 class _Rotation(Function):

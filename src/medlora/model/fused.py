@@ -39,6 +39,7 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 from medlora.kernels.attention import Documents, attention
+from medlora.kernels.embedding import gather_rows
 from medlora.kernels.rms_norm import add_rms_norm
 from medlora.model.group import Group, Pass, Unfusable
 from medlora.model.offload import Offload
@@ -121,8 +122,10 @@ class Fused:
 
     def _place_embedding(self, *, home: bool = False) -> None:
         table = self.model.embed_tokens.weight
-        away = self.recompute == "offload" and table is not self.head and not home
-        table.data = table.data.to("cpu" if away else self.device)
+        if self.recompute != "offload" or table is self.head or home:
+            table.data = table.data.to(self.device)
+        elif table.is_cuda:
+            table.data = table.data.cpu().pin_memory()
 
     def change(self, keep: bool, recompute: Recompute) -> None:
         """Go on with other settings from the next row on, and without held layers."""
@@ -142,18 +145,10 @@ class Fused:
                 torch._foreach_copy_(self.copies, self.masters)
         T = input_ids.shape[1]
         more = -T % ROUND
-        x = self._embed(F.pad(input_ids[0], (0, more)))
+        x = gather_rows(self.model.embed_tokens.weight, F.pad(input_ids[0], (0, more)))
         row = self._row(x, F.pad(position_ids, (0, more)), [*borders, T + more] if more else borders)
         x, residual = self._layers(x, row)
         return SimpleNamespace(last_hidden_state=_norm(x, residual, self.model.norm)[0][None, :T])
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        table = self.model.embed_tokens.weight
-        if table.device == self.device:
-            return F.embedding(ids, table)
-        x = torch.empty(len(ids), table.shape[1], dtype=table.dtype, pin_memory=True)
-        torch.index_select(table, 0, ids.cpu(), out=x)
-        return x.to(self.device, non_blocking=True)
 
     def _row(self, x: Tensor, position_ids: Tensor, borders: list[int]) -> Row:
         cos, sin = self.model.rotary_emb(x[None], position_ids)
@@ -166,7 +161,8 @@ class Fused:
         residual: Tensor | None = None
         ways = {"selective": self._selective_layer, "full": self._recomputed_layer, "offload": self._offloaded_layer}
         way = ways.get(self.recompute, self._layer) if torch.is_grad_enabled() else self._layer
-        held = 0 if self.recompute == "selective" else self.held
+        # the last layer's backward pass comes next: computing it again would free nothing
+        held = 0 if self.recompute == "selective" else max(self.held, self.recompute == "full")
         self.offload.start()
         for index in range(len(self.groups)):
             layer = self._layer if index >= len(self.groups) - held else way
@@ -208,6 +204,8 @@ class Fused:
             partial(self._mlp, row, index),
         )
         x, residual = self._recomputed(x, residual, layer.input_layernorm, attend, self.offload)
+        if index == len(self.groups) - 1:  # as for a last layer
+            return self._mlp(row, index, *_norm(x, residual, layer.post_attention_layernorm))
         return self._recomputed(x, residual, layer.post_attention_layernorm, mlp, self.offload)
 
     def _recomputed(self, x: Tensor, residual: Tensor | None, *what: Any) -> tuple[Tensor, Tensor]:

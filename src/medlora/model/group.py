@@ -218,6 +218,7 @@ class _Linear(Function):
         again = group.gated or (how.lean and bool(group.parts))
         ctx.save_for_backward(x if again else dropped, h_TR)
         ctx.group, ctx.how, ctx.again = group, how, again
+        ctx.dropped = dropped if how.discard else None  # then the backward pass is next
         return y
 
     @staticmethod
@@ -227,7 +228,9 @@ class _Linear(Function):
         dh_TR = None
         if group.parts:
             dh_TR, db = group.adapter_grads(grad, h_TR)
-            dropped = dropout(group.input(x), how.p, how.seed) if ctx.again else x
+            dropped, ctx.dropped = ctx.dropped, None
+            if dropped is None:
+                dropped = dropout(group.input(x), how.p, how.seed) if ctx.again else x
             da = _float32_product(torch.mm, dh_TR.t(), dropped)
             del dropped
             for (_, ranks, _), each in zip(group.parts, db, strict=True):
