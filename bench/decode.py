@@ -182,12 +182,14 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def weight_bytes(model: Any) -> int:
     """Of all weights that a decoded token reads, as they are stored: not the embedding, unless the head shares it."""
+    from medlora.kernels.nf4 import stored_scales
+
     base = model.get_base_model()
     embedding = base.get_input_embeddings().weight
     skipped = set() if base.get_output_embeddings().weight is embedding else {id(embedding)}
     total = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skipped)
     states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
-    return int(total + sum(state.absmax.numel() * state.absmax.element_size() for state in states))
+    return int(total + sum(stored_scales(state).nbytes for state in states))
 
 
 def measure(name: str, generate: Generate, prompts: Prompts, arguments: Any) -> dict[str, Any]:

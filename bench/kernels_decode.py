@@ -58,7 +58,8 @@ def variants(shape: Shape, M: int) -> Iterator[Config | Cut]:
 def make(shape: Shape, M: int, device: str) -> tuple[NF4Weights, LoraTerms]:
     N, D = sum(shape.sizes), shape.D
     codes = torch.randint(256, (N, D // 2), dtype=torch.uint8, device=device)
-    weights = NF4Weights(codes, torch.rand(N, D // 64, device=device) / D**0.5, shape.sizes)
+    scales = (torch.rand(N, D // 64, device=device) / D**0.5).to(DTYPE)  # as of a base in bfloat16
+    weights = NF4Weights(codes, scales, shape.sizes)
     scaling = torch.ones(1, len(shape.sizes), device=device)
     a = (torch.randn(1, len(shape.sizes) * RANK, D, device=device) / D**0.5).to(DTYPE)
     b = (torch.randn(1, N, RANK, device=device) / RANK**0.5).to(DTYPE)
@@ -108,7 +109,7 @@ def bitsandbytes_call(weights: NF4Weights, x: Tensor) -> Callable[[], Any]:
 
     code = torch.tensor(reference.NF4_VALUES, device=x.device)
     states = [
-        bnb.QuantState(absmax.flatten(), torch.Size((N, weights.D)), code, 64, "nf4", x.dtype)
+        bnb.QuantState(absmax.flatten().float(), torch.Size((N, weights.D)), code, 64, "nf4", x.dtype)
         for N, absmax in zip(weights.sizes, torch.split(weights.absmax, list(weights.sizes)), strict=True)
     ]
     pairs = list(zip(weights.parts(), states, strict=True))

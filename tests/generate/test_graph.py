@@ -13,6 +13,7 @@ from medlora.generate.graph import Steps
 from medlora.generate.request import Request
 from medlora.generate.sampling import Sampling
 from medlora.generate.weights import Nf4
+from medlora.kernels.nf4 import stored_scales
 
 ADAPTERS = (None, "all", "some")
 
@@ -38,7 +39,10 @@ def pair() -> tuple[Any, Any]:
     for name, module in list(base.named_modules()):
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             four = bnb.nn.LinearNF4(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32)
-            four.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", blocksize=64)
+            weight = module.weight.data.bfloat16().float()  # whose scales bfloat16 holds
+            four.weight = bnb.nn.Params4bit(
+                weight, requires_grad=False, quant_type="nf4", blocksize=64, compress_statistics="mlp" in name
+            )
             base.set_submodule(name, four.to("cpu"))
             weight = bnb.functional.dequantize_4bit(four.weight.data, four.weight.quant_state)
             plain.get_submodule(name).weight.data = weight.view(module.weight.shape)
@@ -91,11 +95,18 @@ def test_answers_over_codes_are_those_of_transformers_over_plain_weights(pair: t
             torch.tensor([ids]), attention_mask=torch.ones(1, 40), max_new_tokens=30, do_sample=False
         )
         assert [token.id for token in tokens] == target[0, 40:].tolist()
-    codes = pair[0].get_base_model().model.layers[0].self_attn.k_proj.weight.data
-    assert (
-        codes.untyped_storage().data_ptr()
-        == engine.decoder.layers[0].qkv.weight.codes.codes.untyped_storage().data_ptr()
-    )
+
+
+def test_modules_hold_views_that_bitsandbytes_still_reads(pair: tuple[Any, Any]) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    for _ in range(2):  # an engine may be made again
+        held = Decoder(pair[0]).layers[0].qkv.weight.codes
+        base, plain = (model.get_base_model().model.layers[0].self_attn.k_proj.base_layer for model in pair)
+        assert held.absmax.dtype == torch.bfloat16
+        for ours, theirs in ((held.codes, base.weight.data), (held.absmax, stored_scales(base.weight.quant_state))):
+            assert ours.untyped_storage().data_ptr() == theirs.untyped_storage().data_ptr()
+        assert torch.equal(dequantize_4bit(base.weight.data, base.weight.quant_state), plain.weight)
 
 
 @pytest.mark.gpu

@@ -23,6 +23,7 @@ PAGED = {"table": "*i32", "lengths": "*i32", "parts": F32, "lse": F32}
 CASES = [  # module, kernel, pointers, constants, warps
     ("nf4", "_dequantize_kernel", NF4, {"DOUBLE": False, "BLOCKS": 64}, 4),
     ("nf4", "_dequantize_kernel", NF4 | {"absmax": "*u8"}, {"DOUBLE": True, "BLOCKS": 64}, 4),
+    ("nf4", "_dequantize_kernel", NF4 | {"absmax": "*bf16"}, {"DOUBLE": False, "BLOCKS": 64}, 4),
     ("rms_norm", "_forward_kernel", RMS, {"ADD": True, "BLOCK": 4096}, 8),
     ("rms_norm", "_backward_kernel", RMS, {"RESIDUAL": True, "WEIGHT": False, "BLOCK": 4096}, 8),
     ("rms_norm", "_backward_kernel", RMS, {"RESIDUAL": False, "WEIGHT": True, "BLOCK": 4096}, 8),
@@ -43,6 +44,13 @@ CASES = [  # module, kernel, pointers, constants, warps
     ("nf4_linear", "_prepare_kernel", DECODE | ONE_ROW, PREPARE | {"NORM": False, "GATED": True, "BY_PARITY": True}, 8),
     ("nf4_linear", "_product_kernel", DECODE | ONE_ROW, PRODUCT | {"DOUBLE": False, "BM": 8, "SPLIT": 8}, 4),
     ("nf4_linear", "_product_kernel", DECODE, PRODUCT | {"DOUBLE": False, "BM": 16, "SPLIT": 1}, 2),
+    (
+        "nf4_linear",
+        "_product_kernel",
+        DECODE | ONE_ROW | {"absmax": "*fp16"},
+        PRODUCT | {"DOUBLE": False, "BM": 8, "SPLIT": 8},
+        4,
+    ),
     ("nf4_linear", "_product_kernel", DECODE | BYTES, PRODUCT | {"DOUBLE": True, "BM": 8, "SPLIT": 2}, 4),
     (
         "nf4_linear",

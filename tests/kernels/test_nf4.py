@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -20,6 +22,33 @@ def test_equals_bitsandbytes(N, K, double, dtype, device):
     out = torch.full((N, K), torch.nan, dtype=dtype, device=device)
     assert nf4.dequantize_nf4(codes, state.absmax, out, nf4.DoubleQuant.of(state)) is out
     assert torch.equal(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("stored", nf4.NARROW)
+def test_scales_in_16_bits_give_the_bits_of_fp32(stored, dtype, device):
+    codes, state = quantize(127, 576, False, device)
+    scales = state.absmax.to(stored)
+    assert nf4.narrow(scales.float()).dtype == stored
+    assert nf4.narrow(state.absmax) is state.absmax, "they do not fit"
+    out, wide = (torch.empty(127, 576, dtype=dtype, device=device) for _ in range(2))
+    assert torch.equal(
+        nf4.dequantize_nf4(codes, scales, out), nf4.dequantize_nf4(codes, nf4.narrow(scales.float()).float(), wide)
+    )
+
+
+def test_a_state_of_16_bit_scales_serves_bitsandbytes(device):
+    weight = torch.randn(64 * 64, device=device).bfloat16()
+    codes, state = functional.quantize_4bit(weight, quant_type="nf4")
+    plain = copy.deepcopy(state)
+    for _ in range(2):
+        nf4.store_scales(state, nf4.narrow(nf4.stored_scales(state).float()))
+        assert nf4.stored_scales(state).dtype == torch.bfloat16
+        assert state.absmax.dtype == torch.float32 and torch.equal(state.absmax, plain.absmax)
+    for each in (state, copy.deepcopy(state)):
+        assert torch.equal(functional.dequantize_4bit(codes, each), functional.dequantize_4bit(codes, plain))
+    packed = state.as_dict(packed=True)
+    assert all(torch.equal(packed[name], value) for name, value in plain.as_dict(packed=True).items())
+    assert "absmax" in vars(plain) and isinstance(plain.absmax, torch.Tensor) and type(plain) is not type(state)
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,19 @@ def test_product(M, sizes, D, double, dtype, device, close):
     weights, plain = quantised(sizes, D, device, double)
     x = torch.randn(M, D, device=device).to(dtype)
     close(nf4_linear(x, weights), expected(x, plain))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("M", "sizes", "D"), [(1, (64, 32), 512), (3, (48,), 192)])
+def test_scales_in_16_bits_give_the_bits_of_fp32(M, sizes, D, stored, dtype, device):
+    made = [bnb.quantize_4bit(torch.randn(N, D).to(device), quant_type="nf4") for N in sizes]
+    assert NF4Weights.of(*zip(*made, strict=True)).absmax.dtype == torch.float32
+    for _, state in made:
+        state.absmax = state.absmax.to(stored).float()
+    weights = NF4Weights.of(*zip(*made, strict=True))
+    assert weights.absmax.dtype == stored
+    x = torch.randn(M, D, device=device).to(dtype)
+    assert torch.equal(nf4_linear(x, weights), nf4_linear(x, replace(weights, absmax=weights.absmax.float())))
 
 
 def test_double_quantisation_is_kept_where_it_can_be(device, close):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medlora.kernels.nf4 import store_scales, stored_scales
 from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_linear
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
@@ -58,7 +59,7 @@ class Half(NamedTuple):
 class Nf4:
     """bitsandbytes' codes: read as they are for few rows, dequantised for many.
 
-    The modules' own tensors become views of the codes side by side, so that there is one copy.
+    The modules' own tensors become views of codes and scales side by side, so that there is one copy.
     """
 
     def __init__(self, bases: Sequence[Any], bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -67,11 +68,11 @@ class Nf4:
         self.bias, self.dtype = bias, dtype
         self.kept: Tensor | None = None
         """[N, D], where memory allowed to dequantise for good."""
-        blocks = self.codes.absmax.flatten().split([state.absmax.numel() for state in states])
-        for base, part, absmax in zip(bases, self.codes.parts(), blocks, strict=True):
+        blocks = self.codes.absmax.flatten().split([stored_scales(state).numel() for state in states])
+        for base, state, part, scales in zip(bases, states, self.codes.parts(), blocks, strict=True):
             base.weight.data = part
-            if base.weight.quant_state.absmax.dtype == absmax.dtype:
-                base.weight.quant_state.absmax = absmax
+            if state.nested == (self.codes.double is not None):
+                store_scales(state, scales)
 
     def reads_codes(self, x: Tensor) -> bool:
         return len(x) <= MAX_ROWS and self.bias is None

@@ -3,7 +3,8 @@
     w[i] = NF4[code_i] * absmax[i // 64]         Dettmers et al. 2023 (QLoRA, arXiv 2305.14314)
 
 Layout: a weight [N, K] is flattened; byte j holds weights 2j (high nibble) and 2j + 1 (low nibble); every 64
-weights share one fp32 absmax. With double quantisation absmax itself is an 8-bit code into a 256-entry table,
+weights share one fp32 absmax. That is the largest |w| of its block, so for a base that was bf16 or fp16 the same
+16 bits hold it exactly: `narrow`. With double quantisation absmax itself is an 8-bit code into a 256-entry table,
 scaled by a second absmax every 256 blocks and shifted by one offset; the kernel undoes that on the way.
 
 The operation is bandwidth: half a byte read and two written a weight. A program takes NF4_BLOCKS whole blocks
@@ -15,6 +16,7 @@ traffic hides.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from .dispatch import ceil_div, jit, tl, use_triton
 BLOCKSIZE = 64  # weights a scale
 OUTER_BLOCKSIZE = 256  # scales an outer scale
 PROGRAM_BLOCKS = 64  # blocks a program: 4096 weights, 32 a thread
+NARROW = (torch.bfloat16, torch.float16)
 
 
 class DoubleQuant(NamedTuple):
@@ -52,6 +55,40 @@ class DoubleQuant(NamedTuple):
         if quant_state.state2.blocksize != OUTER_BLOCKSIZE:
             raise ValueError(f"absmax must be quantised in blocks of {OUTER_BLOCKSIZE}")
         return cls(quant_state.state2.code, quant_state.state2.absmax, quant_state.offset)
+
+
+def narrow(absmax: Tensor) -> Tensor:
+    """fp32 scales in bf16, else in fp16, if that holds each of them exactly; else as they are. Waits for the device."""
+    for dtype in NARROW:
+        small = absmax.to(dtype)
+        if torch.equal(small.float(), absmax):
+            return small
+    return absmax
+
+
+def stored_scales(quant_state: Any) -> Tensor:
+    """A bitsandbytes QuantState's absmax as it lies in memory: fp32, 16 bits after `store_scales`, uint8 if nested."""
+    scales: Tensor = vars(quant_state)["absmax"]
+    return scales
+
+
+def store_scales(quant_state: Any, scales: Tensor) -> None:
+    """Hold `scales` in the place of a QuantState's absmax, whose values they are.
+
+    bitsandbytes' kernels take fp32 alone and do not look, so whoever asks a state of 16-bit scales for its `absmax`
+    (bitsandbytes' products, a state dict) gets an fp32 copy.
+    """
+    vars(quant_state)["absmax"] = scales
+    if scales.dtype in NARROW:
+        quant_state.__class__ = _widening(quant_state.__class__)
+
+
+@cache
+def _widening(kind: type) -> type:
+    if isinstance(vars(kind).get("absmax"), property):
+        return kind
+    absmax = property(lambda self: stored_scales(self).float(), store_scales)
+    return type(kind.__name__, (kind,), {"absmax": absmax})
 
 
 @jit
@@ -94,7 +131,7 @@ def _dequantize_kernel(
         inner = tl.load(code + tl.load(absmax + block, inside, other=0).to(tl.int32))
         scale = inner * tl.load(outer + block // 256, inside, other=0.0) + tl.load(offset)
     else:
-        scale = tl.load(absmax + block, inside, other=0.0)
+        scale = tl.load(absmax + block, inside, other=0.0).to(tl.float32)
 
     wide = block.to(tl.int64)[:, None]  # N * K may pass 2**31
     packed = tl.load(codes + wide * 32 + tl.arange(0, 32)[None, :], inside[:, None], other=0).to(tl.int32)
@@ -108,9 +145,9 @@ def dequantize_nf4(codes: Tensor, absmax: Tensor, out: Tensor, double: DoubleQua
 
     Args:
         codes: uint8, N * K / 2 bytes of any shape, contiguous.
-        absmax: [N * K / 64], fp32; uint8 with `double`.
+        absmax: [N * K / 64], fp32, bf16 or fp16; uint8 with `double`.
         out: [N, K] contiguous, fp32, bf16 or fp16. fp32 equals bitsandbytes bit for bit.
-        double: the second quantisation, `DoubleQuant.of(quant_state)`; None where absmax is fp32.
+        double: the second quantisation, `DoubleQuant.of(quant_state)`; None where absmax is plain.
 
     Raises:
         ValueError: sizes that do not belong together, or N * K no multiple of 64.
@@ -122,8 +159,8 @@ def dequantize_nf4(codes: Tensor, absmax: Tensor, out: Tensor, double: DoubleQua
         )
     if not (codes.is_contiguous() and absmax.is_contiguous() and out.is_contiguous()):
         raise ValueError("codes, absmax and out must be contiguous")
-    if absmax.dtype != (torch.float32 if double is None else torch.uint8):
-        raise ValueError(f"absmax of {absmax.dtype}: expected fp32, or uint8 together with `double`")
+    if absmax.dtype not in ((torch.float32, *NARROW) if double is None else (torch.uint8,)):
+        raise ValueError(f"absmax of {absmax.dtype}: expected fp32, bf16 or fp16, or uint8 together with `double`")
     if not use_triton(out):
         scale = absmax if double is None else reference.dequantize_absmax(absmax, *double)
         return out.copy_(reference.dequantize_nf4(codes, scale).view(out.shape))

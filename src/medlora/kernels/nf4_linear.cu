@@ -11,8 +11,8 @@
 // and each takes its absmax in fp32. A register is filled again as soon as it is decoded, with codes further on or of the
 // next tile, and those of the first tile are asked for before the kernel that makes x has ended.
 //
-// Defined when it is compiled: TILES (of 4 rows: 1, 2, 4), RESIDENT (programs on a multiprocessor), DOUBLE, LORA,
-// RESIDUAL (0 or 1), TABLE (the 16 values as bfloat16 bits).
+// Defined when it is compiled: TILES (of 4 rows: 1, 2, 4), RESIDENT (programs on a multiprocessor), SCALES (absmax in
+// 0: fp32, 1: bf16, 2: fp16, 3: 8 bits, quantised again), LORA, RESIDUAL (0 or 1), TABLE (the 16 values as bfloat16 bits).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -29,6 +29,26 @@ __device__ __forceinline__ u16 narrow(float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
   return y;
 }
+
+// Two neighbours' absmax; 16 bits stay as they came until they are used, so that nothing waits for the load.
+struct Scales {
+#if SCALES == 1 || SCALES == 2
+  u32 two;
+#else
+  float2 two;
+#endif
+  __device__ __forceinline__ float of(int e) const {
+#if SCALES == 1
+    return __uint_as_float(e ? two & 0xffff0000 : two << 16);
+#elif SCALES == 2
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(u16(e ? two >> 16 : two)));
+    return wide;
+#else
+    return e ? two.y : two.x;
+#endif
+  }
+};
 
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -80,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) nf4_product(
   auto module_of = [&](int n) { return (n >= end0) + (n >= end1); };
 
   uint4 held[2][2];  // [block of the lane][row]
-  float2 factor[2];  // of both blocks
+  Scales factor[2];  // of both blocks
   int ahead_tile = blockIdx.x, ahead = first;  // what is asked for next
   auto fetch_codes = [&](int e) {
 #pragma unroll
@@ -93,13 +113,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) nf4_product(
 #pragma unroll
     for (int r = 0; r < 2; r++) {
       const int at = (16 * ahead_tile + g + 8 * r) * blocks + 4 * ahead + 2 * second;
-      if (DOUBLE) {
-        const uchar2 inner = *(const uchar2*)((const u8*)absmax + at);
-        const float times = outer[at / 256], plus = offset[module_of(16 * ahead_tile)];
-        factor[r] = make_float2(code[inner.x] * times + plus, code[inner.y] * times + plus);
-      } else {
-        factor[r] = *(const float2*)((const float*)absmax + at);
-      }
+#if SCALES == 3
+      const uchar2 inner = *(const uchar2*)((const u8*)absmax + at);
+      const float times = outer[at / 256], plus = offset[module_of(16 * ahead_tile)];
+      factor[r].two = make_float2(code[inner.x] * times + plus, code[inner.y] * times + plus);
+#elif SCALES
+      factor[r].two = *(const u32*)((const u16*)absmax + at);
+#else
+      factor[r].two = *(const float2*)((const float*)absmax + at);
+#endif
     }
   };
   auto advance = [&] {  // after the last tile to the start of the same: a branch would hold the loads back
@@ -162,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) nf4_product(
 #pragma unroll
         for (int j = 0; j < TILES; j++)
 #pragma unroll
-          for (int k = 0; k < 4; k++) acc[j][k] += part[j][k] * (e ? factor[k / 2].y : factor[k / 2].x);
+          for (int k = 0; k < 4; k++) acc[j][k] += part[j][k] * factor[k / 2].of(e);
       }
       fetch_scales(), advance();
     }

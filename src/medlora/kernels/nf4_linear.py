@@ -35,7 +35,7 @@ from torch import Tensor
 from . import reference
 from .cuda import cuda_kernel, early_start
 from .dispatch import ceil_div, jit, next_power_of_2, tl, use_triton
-from .nf4 import BLOCKSIZE, OUTER_BLOCKSIZE, DoubleQuant, dequantize_nf4, nf4_values
+from .nf4 import BLOCKSIZE, OUTER_BLOCKSIZE, DoubleQuant, dequantize_nf4, narrow, nf4_values, stored_scales
 
 MAX_ROWS = 16
 MAX_MODULES = 3
@@ -43,6 +43,7 @@ TILE = 16  # a module's outputs come in multiples of this
 PROGRAMS = 528  # programs that fill a GPU of 132 multiprocessors, four on each
 CHUNK = 4096  # most columns at once in `_prepare_kernel`
 RANKS = 4  # rows of A a program
+SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)  # by their number in nf4_linear.cu
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class NF4Weights:
     codes: Tensor
     """uint8 [N, D // 2], each module's bytes as bitsandbytes holds them."""
     absmax: Tensor
-    """[N, D // 64], fp32; uint8 with `double`."""
+    """[N, D // 64]; fp32, or bf16 or fp16 where that holds every scale exactly; uint8 with `double`."""
     sizes: tuple[int, ...]
     """Outputs of each module."""
     double: DoubleQuant | None = None
@@ -87,7 +88,7 @@ class NF4Weights:
             )
         codes = torch.cat([weight.reshape(-1, D // 2) for weight in weights])
         doubles = [DoubleQuant.of(state) for state in states]
-        absmax, double = _joined_scales([state.absmax for state in states], doubles)
+        absmax, double = _joined_scales([stored_scales(state) for state in states], doubles)
         return cls(codes, absmax.view(-1, D // BLOCKSIZE), sizes, double)
 
     def parts(self) -> list[Tensor]:
@@ -119,7 +120,7 @@ def _joined_scales(absmax: list[Tensor], doubles: list[DoubleQuant | None]) -> t
             offset = torch.stack([double.offset.float().reshape(()) for double in nested])
             return torch.cat(absmax), DoubleQuant(nested[0].code, outer, offset)
     plain = zip(absmax, doubles, strict=True)
-    return torch.cat([a if d is None else reference.dequantize_absmax(a, *d) for a, d in plain]), None
+    return narrow(torch.cat([a.float() if d is None else reference.dequantize_absmax(a, *d) for a, d in plain])), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ def _scales(
         inner = tl.load(code + tl.load(absmax + at).to(tl.int32))
         scale = inner * tl.load(outer + at // 256) + tl.load(offset)
     else:
-        scale = tl.load(absmax + at)
+        scale = tl.load(absmax + at).to(tl.float32)
     return scale
 
 
@@ -499,7 +500,7 @@ def table_product(x: Tensor, D: int) -> bool:
     if not x.is_cuda or x.dtype != torch.bfloat16 or D % 256 or torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
     return (
-        _table_kernel(x.device.index, choose_cut(len(x), adapted=False), _tiles(len(x)), False, False, False)
+        _table_kernel(x.device.index, choose_cut(len(x), adapted=False), _tiles(len(x)), torch.float32, False, False)
         is not None
     )
 
@@ -510,11 +511,11 @@ def _tiles(M: int) -> int:
 
 
 @cache
-def _table_kernel(device: int, cut: Cut, tiles: int, double: bool, lora: bool, residual: bool) -> Any:
+def _table_kernel(device: int, cut: Cut, tiles: int, scales: torch.dtype, lora: bool, residual: bool) -> Any:
     values = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.uint16).tolist()
     defined = {
-        "TILES": tiles, "RESIDENT": cut.resident, "DOUBLE": int(double), "LORA": int(lora), "RESIDUAL": int(residual),
-        "TABLE": ",".join(map(str, values)),
+        "TILES": tiles, "RESIDENT": cut.resident, "SCALES": SCALES.index(scales), "LORA": int(lora),
+        "RESIDUAL": int(residual), "TABLE": ",".join(map(str, values)),
     }  # fmt: skip
     return cuda_kernel("nf4_linear.cu", "nf4_product", device, defined)
 
@@ -529,7 +530,8 @@ def _table_product(
     cut: Cut,
 ) -> None:
     (M, N), sizes, double = y.shape, weights.sizes, weights.double
-    kernel = _table_kernel(y.device.index, cut, _tiles(M), double is not None, lora is not None, residual is not None)
+    scales = weights.absmax.dtype
+    kernel = _table_kernel(y.device.index, cut, _tiles(M), scales, lora is not None, residual is not None)
     code, outer, offset = double or (weights.absmax,) * 3
     b, slots = (lora.b, lora.slots) if lora else (h, h)
     S, R = (b.shape[0], b.shape[2]) if lora else (0, 1)

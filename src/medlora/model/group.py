@@ -27,7 +27,7 @@ from torch.autograd import Function
 
 from medlora.kernels.dropout import dropout
 from medlora.kernels.fp8 import fp8_linear, quantize_rows
-from medlora.kernels.nf4 import DoubleQuant, dequantize_nf4
+from medlora.kernels.nf4 import DoubleQuant, dequantize_nf4, stored_scales
 from medlora.kernels.swiglu import swiglu, swiglu_backward
 
 FP8_MULTIPLE = 16  # of a width, which the tensor cores ask for
@@ -125,8 +125,7 @@ class Group:
             if double is None:
                 rows.copy_(base.weight)
             else:
-                state = base.weight.quant_state
-                dequantize_nf4(base.weight.data, state.absmax, rows, double[0])
+                dequantize_nf4(base.weight.data, stored_scales(base.weight.quant_state), rows, double[0])
         return out
 
     def keep(self, scratch: Tensor) -> None:
