@@ -58,6 +58,7 @@ def load(arguments: Any) -> Any:
     """The base in NF4 with an adapter whose B is not zero."""
     from peft import LoraConfig, get_peft_model
 
+    from medlora.model.adapter import only_to_answer
     from medlora.model.base import resolve
     from medlora.model.load import load_model
     from medlora.recipe import Base
@@ -75,6 +76,7 @@ def load(arguments: Any) -> Any:
         FastLanguageModel.for_inference(model)
     else:
         model = get_peft_model(load_model(resolve(base), base), lora).eval()
+        model = only_to_answer(model) if arguments.side == "medlora" else model  # as `Assistant.load` does
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)

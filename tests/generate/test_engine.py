@@ -1,5 +1,6 @@
 """The engine against Transformers' own generate and forward pass, on a toy model in float32."""
 
+import copy
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from medlora.generate.engine import Engine
 from medlora.generate.request import Request, Token
 from medlora.generate.sampling import Sampling
 from medlora.generate.weights import Half, Unknown
+from medlora.model.adapter import only_to_answer
 
 ADAPTERS = (None, "all", "some")
 
@@ -145,6 +147,29 @@ def test_a_shared_prefix_is_computed_once(toy_model: Any, monkeypatch: pytest.Mo
     assert passed == [128 + 20 * 10]
     engine.generate([Request(shared + prompt(50, 10), Sampling(max_new_tokens=1))])
     assert passed[1:] == [138], "the untuned model must not read the adapter's keys"
+
+
+def test_a_prompt_in_parts_gives_what_it_gives_at_once(
+    toy_model: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [Request(prompt(i, 20 + 45 * i), Sampling(max_new_tokens=20), "all") for i in range(4)]
+    whole = [ids_of(tokens) for tokens in engine.generate(requests)]
+    monkeypatch.setattr("medlora.generate.batch.CHUNK", 50)
+    assert [ids_of(tokens) for tokens in Engine(toy_model).generate(requests)] == whole
+
+
+def test_adapters_that_only_answer_are_held_once(toy_model: Any) -> None:
+    model = only_to_answer(copy.deepcopy(toy_model))
+    request = Request(prompt(6, 30), Sampling(max_new_tokens=20), "all")
+    for _ in range(2):
+        engine = Engine(model)
+        (to, master), *_ = engine.decoder.layers[1].down.copies
+        assert to.data_ptr() == master.data_ptr()
+        assert ids_of(engine.generate([request])[0]) == theirs(toy_model, list(request.ids), "all", 20)
+    before = ids_of(engine.generate([request])[0])
+    with torch.no_grad():
+        master.add_(1.0)
+    assert ids_of(engine.generate([request])[0]) == theirs(model, list(request.ids), "all", 20) != before
 
 
 def test_training_an_adapter_further_is_noticed(toy_model: Any, engine: Engine) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from medlora.kernels import attention as module
 from medlora.kernels import reference
-from medlora.kernels.attention import Documents, attention
+from medlora.kernels.attention import Documents, Tails, attention, tail_attention
 
 
 def tables(T: int, C: int, borders: list[int], device: torch.device | str) -> Documents:
@@ -81,3 +81,22 @@ def test_on_a_gpu_a_row_has_the_same_gradients_each_time():
         both(attention, [0, 700, 1000, 1900, 2384], (8, 8, 128), torch.bfloat16, "cuda")[0][1] for _ in range(4)
     )
     assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("heads", [(4, 4, 64), (4, 2, 128)], ids=["heads", "grouped"])
+def test_last_tokens_see_all_that_stands_before(heads: tuple[int, int, int]) -> None:
+    H, K, C = heads
+    new, whole = [1, 70, 5, 128], [300, 70, 200, 129]
+    q = torch.randn(sum(new), H, C, device="cuda").bfloat16()
+    k, v = (torch.randn(sum(whole), K, C, device="cuda").bfloat16() for _ in range(2))
+    out = tail_attention(q, k, v, Tails.of(new, whole, q.device), C**-0.5)
+    parts = []
+    for queries, keys, values in zip(q.split(new), k.split(whole), v.split(whole), strict=True):
+        n, T = len(queries), len(keys)
+        keys, values = (t.float().repeat_interleave(H // K, 1) for t in (keys, values))
+        scores = torch.einsum("qhc,khc->hqk", queries.float(), keys) * C**-0.5
+        future = torch.ones(n, T, device="cuda").triu(1 + T - n).bool()
+        parts.append(torch.einsum("hqk,khc->qhc", scores.masked_fill(future, -torch.inf).softmax(-1), values))
+    torch.testing.assert_close(out.float(), torch.cat(parts), rtol=2e-2, atol=2e-2)

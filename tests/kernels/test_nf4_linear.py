@@ -189,6 +189,17 @@ def test_configs_fill_the_gpu():
             assert max(steps // 2, 1) == config.SPLIT or config.SPLIT * sum(sizes) // config.BN >= 528
 
 
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize(("sizes", "most", "found"), [((640, 256), 64 * 300, [256, 256, 128, 256]), ((48,), 64, [48])])
+def test_pieces_are_views_of_the_whole(sizes, most, found, double, device):
+    weights, plain = quantised(sizes, 64, device, double)
+    pieces = weights.pieces(most)
+    assert [piece.N for piece in pieces] == found
+    assert pieces[-1].codes.untyped_storage().data_ptr() == weights.codes.untyped_storage().data_ptr()
+    parts = [piece.dequantize(torch.empty(piece.N, 64, device=device)) for piece in pieces]
+    assert torch.equal(torch.cat(parts), torch.cat(plain))
+
+
 def test_parts_are_views(device):
     weights, _ = quantised((32, 16), 64, device)
     first, second = weights.parts()

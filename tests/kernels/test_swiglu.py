@@ -41,6 +41,13 @@ def test_gradients_into_the_inputs(dtype, device, close):
     close(both[:, 96:], dup)
 
 
+def test_in_the_gates_place(dtype, device, close):
+    gate, up = torch.randn(3, 192, device=device).to(dtype).chunk(2, dim=1)
+    expected = reference.swiglu(gate, up)
+    assert swiglu(gate, up, gate) is gate
+    close(gate, expected)
+
+
 def test_reference_backward_is_autograd(close):
     gate, up, dy = torch.randn(3, 7, 96).mul(3).unbind()
     _, dgate, dup = expectation(gate, up, dy)

@@ -290,7 +290,7 @@ def test_on_a_gpu_the_kernels_give_the_float32_gradients(
         "num_key_value_heads": 4 if "queries" in way else 2,
     }
     if "document" in way:
-        monkeypatch.setattr(attention, "_flash_takes", lambda *_: False)
+        monkeypatch.setattr(attention, "flash_takes", lambda *_: False)
     rows = documents((90, 170, 50, 120))
     cpu, batch = make(targets, **shape, max_position_embeddings=256), pack(rows)
 

@@ -26,7 +26,7 @@ from medlora.generate.request import Row, Token
 from medlora.generate.sampling import Controls, choose, log_probabilities, penalise
 from medlora.generate.speculative import Lookup, Pace
 
-CHUNK = 4096  # prompt tokens a pass
+CHUNK = 1280  # prompt tokens a pass, which holds 50 KiB for each of them at 7B: 64 questions of 20 are one pass
 DRAFTING = 4  # most rows that draft together: with more, the products are no longer bound by memory
 
 Step = Callable[[Tensor, Sequence[Span], Sequence[int]], Tensor]

@@ -12,6 +12,7 @@ Shapes: T tokens of a pass, D hidden, H query heads, K key heads, C head size, V
 # mypy: allow-untyped-calls
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from medlora.generate.cache import BLOCK, Cache
 from medlora.generate.weights import Choice, Nf4, Norm, Projection, Unknown, weight_of
-from medlora.kernels.attention import Documents, attention
+from medlora.kernels.attention import Documents, Tails, attention, flash_takes, tail_attention
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.rope import rope_
 from medlora.model.base import FAMILIES
@@ -125,7 +126,7 @@ class Decoder:
         codes = [p.weight for p in self.projections if isinstance(p.weight, Nf4) and p.weight.kept is None]
         if sum(weight.codes.N * weight.codes.D for weight in codes) * self.dtype.itemsize <= free // 2:
             for weight in codes:
-                weight.kept = weight.dense()
+                weight.keep()
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -157,9 +158,13 @@ class Pass:
         self.borders = [0]
         for span in spans:
             self.borders.append(self.borders[-1] + span.new)
-        fresh = device.type == "cuda" and decoder.dtype != torch.float32 and not any(span.past for span in spans)
+        flash = flash_takes(self.cos, self.heads[2])
+        fresh = flash and not any(span.past for span in spans)
         self.documents = Documents.of(self.cos, self.sin, self.borders) if fresh else None
         """Where whole prompts can pass through one attention launch."""
+        new, whole = [span.new for span in spans], [span.past + span.new for span in spans]
+        self.tails = Tails.of(new, whole, device) if flash and not fresh else None
+        """Where conversations that go on can."""
 
     def attend(self, qkv: Tensor, cache: Cache, layer: int) -> Tensor:
         H, K, C = self.heads
@@ -170,9 +175,13 @@ class Pass:
             return out
         q, k, v = self._rotated(qkv.view(-1, H + 2 * K, C))
         self._append(cache, layer, k, v)
+        seen = (cache.rows(layer, span.blocks, span.past + span.new) for span in self.spans)
+        if self.tails:
+            keys, values = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*seen, strict=True))
+            return tail_attention(q, keys, values, self.tails, self.scale).flatten(1)
         parts = [
-            attend(q[start : start + span.new], *cache.rows(layer, span.blocks, span.past + span.new), self.scale)
-            for span, start in zip(self.spans, self.borders, strict=False)
+            attend(q[start:stop], *each, self.scale)
+            for (start, stop), each in zip(pairwise(self.borders), seen, strict=True)
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(len(qkv), -1)
 

@@ -82,6 +82,7 @@ class Steps:
         self.decoder, self.cache, self.graphs = decoder, cache, graphs
         self.ready: dict[tuple[int, int], tuple[Single, Callable[[], Tensor]]] = {}
         self.pool: Any = None
+        self.aside: Any = torch.cuda.Stream(decoder.device) if graphs else None  # one: each takes a workspace of cuBLAS
         self.grown = -1
 
     def __call__(self, tokens: Tensor, spans: Sequence[Span], slots: Sequence[int]) -> Tensor:
@@ -108,14 +109,14 @@ class Steps:
     def _capture(self, single: Single) -> Callable[[], Tensor]:
         if not self.graphs:
             return lambda: self._run(single)
-        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        aside, here = self.aside, torch.cuda.current_stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
                 self._run(single)
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, stream=aside):
             logits = self._run(single)
 
         def replay() -> Tensor:

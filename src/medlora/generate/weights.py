@@ -5,7 +5,8 @@ float32 product of one row runs at the speed of memory on one core; weights that
 (NF4 values and anything that came from bfloat16, which is to say nearly every base) are kept in float16 and multiplied
 in float32 by FBGEMM, which halves the bytes and uses every core. The sums stay float32.
 
-Codes and plain weights are laid side by side once, and the modules' own tensors become views of that: no second copy.
+Codes, plain weights and adapters that nobody trains are laid side by side once, and the modules' own tensors become
+views of that: no second copy.
 LoRA stays unmerged, so that one base answers with any of its adapters and with none, each row with its own.
 
 Shapes: T rows, D inputs, N outputs of a product; S adapters, G modules, R the largest rank.
@@ -25,6 +26,7 @@ from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_line
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
 
+DENSE = 2**25  # weights dequantised at a time for a prompt: 64 MiB in 16 bits
 Norm = tuple[Tensor, float]
 """Weight [D] and epsilon of an RMSNorm."""
 
@@ -65,6 +67,7 @@ class Nf4:
     def __init__(self, bases: Sequence[Any], bias: Tensor | None, dtype: torch.dtype) -> None:
         states = [base.weight.quant_state for base in bases]
         self.codes = NF4Weights.of([base.weight.data for base in bases], states)
+        self.pieces = self.codes.pieces(DENSE)
         self.bias, self.dtype = bias, dtype
         self.kept: Tensor | None = None
         """[N, D], where memory allowed to dequantise for good."""
@@ -78,12 +81,19 @@ class Nf4:
         return len(x) <= MAX_ROWS and self.bias is None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense() if self.kept is None else self.kept, self.bias)
+        if self.kept is not None:
+            return F.linear(x, self.kept, self.bias)
+        y, columns = x.new_empty(len(x), self.codes.N), 0
+        for piece in self.pieces:
+            torch.mm(x, self._dense(piece).t(), out=y[:, columns : columns + piece.N])
+            columns += piece.N
+        return y if self.bias is None else y.add_(self.bias)
 
-    def dense(self) -> Tensor:
-        return self.codes.dequantize(
-            torch.empty(self.codes.N, self.codes.D, dtype=self.dtype, device=self.codes.codes.device)
-        )
+    def keep(self) -> None:
+        self.kept = self._dense(self.codes)
+
+    def _dense(self, codes: NF4Weights) -> Tensor:
+        return codes.dequantize(torch.empty(codes.N, codes.D, dtype=self.dtype, device=codes.codes.device))
 
 
 def weight_of(bases: Sequence[Any], dtype: torch.dtype) -> Weight:
@@ -179,6 +189,9 @@ class Projection:
                     self.parts.append((slice(columns, columns + size), slice(first, first + r), b))
                     self.copies += [(self.a[s, g * R : g * R + r], lora.a), (b, lora.b)]
                 columns += size
+        for to, master in self.copies:
+            if master.dtype == dtype and not master.requires_grad:
+                master.data = to.copy_(master)
 
     def __call__(
         self, x: Tensor, choice: Choice, *, norm: Norm | None = None, residual: Tensor | None = None
@@ -207,9 +220,9 @@ class Projection:
 
 
 def gated(x: Tensor) -> Tensor:
-    """silu(gate) * up of gate beside up [T, 2 F]."""
+    """silu(gate) * up of gate beside up [T, 2 F]; on a GPU in gate's place."""
     gate, up = x.chunk(2, 1)
-    return swiglu(gate, up) if x.is_cuda else F.silu(gate).mul_(up)
+    return swiglu(gate, up, gate) if x.is_cuda else F.silu(gate).mul_(up)
 
 
 class _Lora(NamedTuple):

@@ -12,9 +12,9 @@ Shapes: T tokens of the row, H query heads, K key heads, C head size.
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,23 @@ class Documents(NamedTuple):
         if cos.is_cuda:  # only from pinned memory is the copy asynchronous
             starts = starts.pin_memory().to(cos.device, non_blocking=True)
         return cls(cos, sin, borders, starts, max(stop - start for start, stop in pairwise(borders)))
+
+
+class Tails(NamedTuple):
+    """The last tokens of conversations, beside each other, and the whole conversations, likewise."""
+
+    queries: Tensor
+    """Borders of the former, [0, ..., T] on the device, int32."""
+    keys: Tensor
+    longest: tuple[int, int]
+
+    @classmethod
+    def of(cls, new: Sequence[int], whole: Sequence[int], device: torch.device) -> Tails:
+        """From the lengths; does not wait for the device."""
+        borders = torch.tensor([[0, *accumulate(new)], [0, *accumulate(whole)]], dtype=torch.int32)
+        if device.type == "cuda":
+            borders = borders.pin_memory().to(device, non_blocking=True)
+        return cls(borders[0], borders[1], (max(new), max(whole)))
 
 
 class _FlashAttention(Function):
@@ -140,9 +157,10 @@ def _heads(qkv: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Te
     return q, k, v
 
 
-def _flash_takes(qkv: Tensor, head_size: int) -> bool:
-    ready = qkv.is_cuda and qkv.dtype in FLASH_DTYPES and head_size % 8 == 0 and head_size <= 256
-    return ready and torch.cuda.get_device_capability(qkv.device) >= (8, 0)
+def flash_takes(x: Tensor, head_size: int) -> bool:
+    """Whether the flash kernel serves x's device and dtype."""
+    ready = x.is_cuda and x.dtype in FLASH_DTYPES and head_size % 8 == 0 and head_size <= 256
+    return ready and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
@@ -155,7 +173,7 @@ def attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: f
         heads: (H, K, C).
         scale: factor of the scores, usually C ** -0.5.
     """
-    if _flash_takes(qkv, heads[2]):
+    if flash_takes(qkv, heads[2]):
         if _is_dense(qkv, row):
             return _dense_attention(qkv, row, heads, scale)
         out: Tensor = _FlashAttention.apply(qkv, row, heads, scale)
@@ -163,6 +181,21 @@ def attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: f
     q, k, v = _heads(qkv, heads)
     q, k, v = (t.transpose(0, 1)[None] for t in (*rope(q, k, row.cos, row.sin), v))
     return by_document(q, k, v, row.borders, scale)[0].transpose(0, 1).reshape(len(qkv), -1)
+
+
+def tail_attention(q: Tensor, k: Tensor, v: Tensor, tails: Tails, scale: float) -> Tensor:
+    """Causal attention of each conversation's last tokens over all of it, one launch; where `flash_takes` q.
+
+    The flash kernel (2.1 and later, as in torch) lets the last query see the last key.
+
+    Args:
+        q: [T, H, C], rotated.
+        k, v: [all tokens, K, C].
+    """
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, tails.queries, tails.keys, *tails.longest, 0.0, True, False, scale=scale
+    )[0]
+    return out
 
 
 def by_document(q: Tensor, k: Tensor, v: Tensor, borders: list[int], scale: float) -> Tensor:

@@ -99,16 +99,24 @@ class NF4Weights:
         """Write the weights into `out` [N, D] of any float dtype and return it: for more rows than MAX_ROWS."""
         if self.double is None or len(self.sizes) == 1:
             return dequantize_nf4(self.codes, self.absmax.flatten(), out, self.double)
-        rows = zip(self.codes.split(self.sizes), *self._split_scales(), out.split(self.sizes), strict=True)
-        for codes, absmax, double, part in rows:
-            dequantize_nf4(codes, absmax.flatten(), part, double)
+        for piece, part in zip(self.pieces(), out.split(self.sizes), strict=True):
+            piece.dequantize(part)
         return out
 
-    def _split_scales(self) -> tuple[Sequence[Tensor], list[DoubleQuant]]:
-        code, outer, offset = self.double or (self.absmax,) * 3
-        counts = [N * self.D // BLOCKSIZE // OUTER_BLOCKSIZE for N in self.sizes]
-        doubles = [DoubleQuant(code, *each) for each in zip(outer.split(counts), offset, strict=True)]
-        return self.absmax.split(self.sizes), doubles
+    def pieces(self, most: int = 2**62) -> list[NF4Weights]:
+        """Views of each module by itself, and of a module of more than `most` weights in about equal parts."""
+        found, first = [], 0
+        for g, N in enumerate(self.sizes):
+            each = ceil_div(N, ceil_div(N * self.D, most))
+            step = ceil_div(each, OUTER_BLOCKSIZE) * OUTER_BLOCKSIZE  # so that an outer block ends with a piece
+            for start in range(first, first + N, step):
+                rows = slice(start, min(start + step, first + N))
+                blocks = self.absmax[:start].numel(), self.absmax[: rows.stop].numel()
+                outer = slice(blocks[0] // OUTER_BLOCKSIZE, ceil_div(blocks[1], OUTER_BLOCKSIZE))
+                double = self.double and DoubleQuant(self.double.code, self.double.absmax[outer], self.double.offset[g])
+                found.append(NF4Weights(self.codes[rows], self.absmax[rows], (rows.stop - start,), double))
+            first += N
+        return found
 
 
 def _joined_scales(absmax: list[Tensor], doubles: list[DoubleQuant | None]) -> tuple[Tensor, DoubleQuant | None]:

@@ -71,9 +71,9 @@ def _backward_kernel(
     tl.store(dup + row * dup_row + col, (d * g * s).to(dup.dtype.element_ty), inside)
 
 
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
+def _forward(gate: Tensor, up: Tensor, y: Tensor | None = None) -> Tensor:
     T, F = gate.shape
-    y = gate.new_empty(T, F)
+    y = gate.new_empty(T, F) if y is None else y
     _forward_kernel[(T, ceil_div(F, BLOCK))](
         gate, up, y, gate.stride(0), up.stride(0), y.stride(0), F, BLOCK=BLOCK, num_warps=4
     )
@@ -92,21 +92,25 @@ class _SwiGLU(torch.autograd.Function):
         return swiglu_backward(dy if dy.stride(-1) == 1 else dy.contiguous(), gate, up)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up, computed in fp32.
 
     Args:
         gate, up: [T, F] of one dtype, rows dense, row stride free.
+        out: as gate, which it may be, or up; there is no gradient then.
 
     Raises:
-        ValueError: gate and up differ in shape, dtype or device, or their rows are not dense.
+        ValueError: gate, up and out differ in shape, dtype or device, or their rows are not dense.
     """
-    same_layout(gate, up)
+    same_layout(gate, up, gate if out is None else out)
     if not use_triton(gate):
-        return reference.swiglu(gate, up)
+        y = reference.swiglu(gate, up)
+        return y if out is None else out.copy_(y)
+    if out is not None:
+        return _forward(gate, up, out)
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        y: Tensor = _SwiGLU.apply(gate, up)
-        return y
+        made: Tensor = _SwiGLU.apply(gate, up)
+        return made
     return _forward(gate, up)  # autograd's bookkeeping would cost the host more than the launch
 
 

@@ -80,8 +80,20 @@ def base_of(adapter: Path) -> Base:
     return Base(model=config["base_model_name_or_path"], revision=config.get("revision"))
 
 
+def only_to_answer(model: Any) -> Any:
+    """A `PeftModel` with its adapters frozen, in evaluation mode and in the dtype that products run in.
+
+    PEFT holds them in float32 for the optimizer; decoding reads the compute dtype and then needs no copy of its own.
+    """
+    dtype = model.get_input_embeddings().weight.dtype
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(False).data = parameter.data.to(dtype)
+    return model.eval()
+
+
 def load_adapter(model: Any, adapter: Path, resolved: Resolved) -> Any:
-    """The base with a saved adapter on it, frozen, in evaluation mode.
+    """The base with a saved adapter on it, as `only_to_answer` leaves it.
 
     Raises:
         ModelError: the adapter belongs to another base, or its weights are damaged.
@@ -96,7 +108,7 @@ def load_adapter(model: Any, adapter: Path, resolved: Resolved) -> Any:
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ModelError(f"{adapter}: no adapter_model.safetensors; pickled adapters are not loaded")
     try:
-        return PeftModel.from_pretrained(model, adapter, local_files_only=True).eval()
+        return only_to_answer(PeftModel.from_pretrained(model, adapter, local_files_only=True))
     except Exception as error:  # PEFT raises RuntimeError, ValueError or SafetensorError, by cause
         raise ModelError(
             f"{adapter}: does not fit the base {resolved.path}: {str(error).strip().splitlines()[0]}"
