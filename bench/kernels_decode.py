@@ -4,10 +4,10 @@
     python bench/kernels_decode.py --tiny        a rehearsal on a CPU, of the script: the plain reference serves there
 
 Each call of a timed loop reads another copy of the weights, more than the L2 cache holds, and the loop is one CUDA
-graph, so that neither caching nor the host's launches count. Reported are microseconds a call (both launches of
-`nf4_linear`, its LoRA term of rank 64 included), bytes of codes, scales and adapters over that time, and their share
-of the bandwidth of a device-to-device copy in the same process. bitsandbytes multiplies without the LoRA term; from
-version 0.50 its `matmul_4bit` may choose a fused kernel for several rows by itself.
+graph, so that neither caching nor the host's launches count. Reported are microseconds a call (all launches of
+`nf4_linear`; norm, SwiGLU and LoRA term of rank 64 included), bytes of codes, scales and adapters over that time, and
+their share of the bandwidth of a device-to-device copy in the same process. bitsandbytes multiplies without norm,
+SwiGLU and LoRA; from version 0.50 its `matmul_4bit` may choose a fused kernel for several rows by itself.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from medlora.kernels import reference
 from medlora.kernels.decode_attention import PAGE, decode_attention, rope_append
-from medlora.kernels.nf4_linear import Config, Cut, LoraTerms, NF4Weights, choose_config, choose_cut, nf4_linear
+from medlora.kernels.nf4_linear import Config, Cut, LoraTerms, NF4Weights, choose_config, nf4_linear
 
 RANK = 64
 DTYPE = torch.bfloat16
@@ -36,22 +36,27 @@ class Shape:
     name: str
     sizes: tuple[int, ...]
     D: int
+    norm: bool = False
     gated: bool = False
 
 
 SHAPES = (
-    Shape("q, k, v", (4096,) * 3, 4096),
+    Shape("q, k, v", (4096,) * 3, 4096, norm=True),
     Shape("o", (4096,), 4096),
-    Shape("gate, up", (11008,) * 2, 4096),
-    Shape("down", (4096,), 11008, gated=True),
+    Shape("gate, up", (11008,) * 2, 4096, norm=True, gated=True),
+    Shape("down", (4096,), 11008),
 )
-TINY = (Shape("q, k, v", (64, 32, 32), 128), Shape("down", (64,), 256, gated=True))
+TINY = (Shape("q, k, v", (64, 32, 32), 128, norm=True), Shape("gate, up", (64, 64), 256, norm=True, gated=True))
 
 
 def variants(shape: Shape, M: int) -> Iterator[Config | Cut]:
-    """nf4_linear.cu as `choose_cut` and otherwise, then the Triton kernel as `choose_config` cuts it."""
+    """nf4_linear.cu in two launches and, for one row, in one; then the Triton kernel as `choose_config` cuts it."""
     if torch.cuda.is_available():
-        yield from dict.fromkeys([choose_cut(M, adapted=True), Cut(1), Cut(2), Cut(3), *([Cut(4)] if M <= 4 else [])])
+        yield from (Cut(r) for r in ((1, 2, 3) if M > 4 else (2, 3, 4)))
+        if M <= 8:
+            yield from (Cut(r, 4) for r in (4, 5, 6))
+        if M == 1:
+            yield from (Cut(r, warps, one=True) for r, warps in ((2, 8), (3, 8), (4, 4), (5, 4), (6, 4)))
     yield choose_config(shape.sizes, shape.D, M)
 
 
@@ -64,6 +69,12 @@ def make(shape: Shape, M: int, device: str) -> tuple[NF4Weights, LoraTerms]:
     a = (torch.randn(1, len(shape.sizes) * RANK, D, device=device) / D**0.5).to(DTYPE)
     b = (torch.randn(1, N, RANK, device=device) / RANK**0.5).to(DTYPE)
     return weights, LoraTerms(a, b, scaling, torch.zeros(M, dtype=torch.int32, device=device))
+
+
+def describe(config: Config | Cut) -> str:
+    if isinstance(config, Config):
+        return "Triton " + " ".join(map(str, config))
+    return f"{config.resident} of {config.warps} warps{', one launch' if config.one else ''}"
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -117,29 +128,31 @@ def bitsandbytes_call(weights: NF4Weights, x: Tensor) -> Callable[[], Any]:
 
 
 def bench_linear(shape: Shape, M: int, copy: float | None, device: str) -> list[dict[str, Any]]:
-    x = torch.randn(M, shape.D * (2 if shape.gated else 1), device=device).to(DTYPE)
+    x = torch.randn(M, shape.D, device=device).to(DTYPE)
     weights, lora = make(shape, M, device)
+    norm = (torch.rand(shape.D, device=device).to(DTYPE), 1e-5) if shape.norm else None
+    call = partial(nf4_linear, norm=norm, gated=shape.gated)
     w = weights.dequantize(torch.empty(weights.N, weights.D, device=device))
     terms = (lora.a.float(), lora.b.float(), lora.scaling, lora.slots)
-    wanted = reference.nf4_linear(x.float(), w, shape.sizes, terms, gated=shape.gated)
+    wide = (norm[0].float(), norm[1]) if norm else None
+    wanted = reference.nf4_linear(x.float(), w, shape.sizes, terms, wide, gated=shape.gated)
     size = weights.codes.nbytes + weights.absmax.nbytes + lora.a.nbytes + lora.b.nbytes
     copies = [(weights, lora)] + [make(shape, M, device) for _ in range(int(TOUCHED / size) if copy else 0)]
     rows = []
     for config in variants(shape, M):
-        row: dict[str, Any] = {"shape": shape.name, "M": M, "kernel": " ".join(map(str, config))}
-        row["error"] = relative(nf4_linear(x, weights, lora, gated=shape.gated, config=config), wanted)
+        row: dict[str, Any] = {"shape": shape.name, "M": M, "kernel": describe(config)}
+        row["error"] = relative(call(x, weights, lora, config=config), wanted)
         if copy:
-            calls = [partial(nf4_linear, x, w, a, gated=shape.gated, config=config) for w, a in copies]
+            calls = [partial(call, x, w, a, config=config) for w, a in copies]
             row |= rate(microseconds(calls), size, copy)
         rows.append(row)
         if copy and isinstance(config, Cut):
-            calls = [partial(nf4_linear, x, w, gated=shape.gated, config=config) for w, _ in copies]
+            calls = [partial(call, x, w, config=config) for w, _ in copies]
             bare = rate(microseconds(calls), size - lora.a.nbytes - lora.b.nbytes, copy)
             rows.append(row | {"kernel": f"{row['kernel']} no adapter", "error": None} | bare)
     if copy:
-        inner = x[:, : shape.D].contiguous()
         read = weights.codes.nbytes + weights.absmax.nbytes
-        took = microseconds([bitsandbytes_call(each, inner) for each, _ in copies])
+        took = microseconds([bitsandbytes_call(each, x) for each, _ in copies])
         rows.append({"shape": shape.name, "M": M, "kernel": "bitsandbytes", "error": None} | rate(took, read, copy))
     return rows
 
@@ -177,7 +190,7 @@ def show(row: dict[str, Any]) -> None:
     error = "" if row["error"] is None else f"{row['error']:.1e}"
     timing = f"{row['us']:9.1f}" if "us" in row else ""
     timing += f"{row['gb_s']:9.0f}{row['share']:8.2f}" if "gb_s" in row else ""
-    print(f"{row['shape']:16}{row['M']:3} {row['kernel']:16}{error:>9}{timing}", flush=True)
+    print(f"{row['shape']:16}{row['M']:3} {row['kernel']:38}{error:>9}{timing}", flush=True)
 
 
 def main() -> None:
@@ -190,7 +203,7 @@ def main() -> None:
     copy, device = (None, "cpu") if arguments.tiny else (copy_bandwidth(), "cuda")
     if copy:
         print(f"{torch.cuda.get_device_name()}, copy {copy / 1e9:.0f} GB/s")
-    print(f"{'':16}{'M':>3} {'cut, or Triton config':26}error       us     GB/s   share")
+    print(f"{'':16}{'M':>3} {'programs a multiprocessor':38}{'error':>9}{'us':>9}{'GB/s':>9}{'share':>8}")
     found = []
     for M in map(int, arguments.rows.split(",")):
         for shape in TINY if arguments.tiny else SHAPES:

@@ -40,8 +40,8 @@ CASES = [  # module, kernel, pointers, constants, warps
         16,
     ),
     ("fp8", "_quantize_kernel", {"codes": "*fp8e4nv", "scale": F32}, {"BLOCK": 16384}, 16),
-    ("nf4_linear", "_prepare_kernel", DECODE, PREPARE | {"NORM": True, "GATED": False, "BY_PARITY": False}, 8),
-    ("nf4_linear", "_prepare_kernel", DECODE | ONE_ROW, PREPARE | {"NORM": False, "GATED": True, "BY_PARITY": True}, 8),
+    ("nf4_linear", "_prepare_kernel", DECODE, PREPARE | {"NORM": True, "BY_PARITY": False}, 8),
+    ("nf4_linear", "_prepare_kernel", DECODE | ONE_ROW, PREPARE | {"NORM": False, "BY_PARITY": True}, 8),
     ("nf4_linear", "_product_kernel", DECODE | ONE_ROW, PRODUCT | {"DOUBLE": False, "BM": 8, "SPLIT": 8}, 4),
     ("nf4_linear", "_product_kernel", DECODE, PRODUCT | {"DOUBLE": False, "BM": 16, "SPLIT": 1}, 2),
     (

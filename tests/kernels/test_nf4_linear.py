@@ -7,7 +7,7 @@ from bitsandbytes import functional as bnb
 
 from medlora.kernels import nf4_linear as module
 from medlora.kernels import reference
-from medlora.kernels.nf4_linear import Config, LoraTerms, NF4Weights, choose_config, nf4_linear
+from medlora.kernels.nf4_linear import Config, Cut, LoraTerms, NF4Weights, choose_config, nf4_linear
 
 
 def quantised(sizes, D, device, double=False):
@@ -46,9 +46,6 @@ def expected(x, weights, terms=None, slots=(), norm=None, gated=False, residual=
     weights = held(x, weights)
     if norm is not None:
         x = torch.nn.functional.rms_norm(x.float(), x.shape[1:], eps=norm[1]).to(x.dtype) * norm[0]
-    if gated:
-        gate, up = x.float().chunk(2, 1)
-        x = (torch.nn.functional.silu(gate) * up).to(x.dtype)
     rows = []
     for m, row in enumerate(x):
         outs = [row.float() @ w.float().T for w in weights]
@@ -58,6 +55,9 @@ def expected(x, weights, terms=None, slots=(), norm=None, gated=False, residual=
                 outs[g] = outs[g] + (row.float() @ a.T * scaling).to(x.dtype).float() @ b.T
         rows.append(torch.cat(outs))
     y = torch.stack(rows)
+    if gated:
+        gate, up = y.to(x.dtype).float().chunk(2, 1)
+        return torch.nn.functional.silu(gate) * up
     return y if residual is None else y + residual.float()
 
 
@@ -112,18 +112,31 @@ def test_adapters_in_one_batch(slots, dtype, device, close):
     close(nf4_linear(x, weights, lora), expected(x, plain, terms, slots))
 
 
+@pytest.mark.parametrize("D", [320, 512])
 @pytest.mark.parametrize("M", [1, 3])
-def test_norm_gate_and_residual(M, dtype, device, close):
-    weights, plain = quantised((64,), 320, device)
-    lora, terms = adapters((64,), 320, [0] * M, dtype, device)
-    wide = torch.randn(M, 700, device=device).to(dtype)  # rows further apart than they are long
-    x, gated, residual = wide[:, :320], wide[:, :640], wide[:, 636:]
-    norm = torch.rand(320, device=device).to(dtype), 1e-5
+def test_norm_and_residual(M, D, dtype, device, close):
+    weights, plain = quantised((64,), D, device)
+    lora, terms = adapters((64,), D, [0] * M, dtype, device)
+    wide = torch.randn(M, D + 72, device=device).to(dtype)  # rows further apart than they are long
+    x, residual = wide[:, :D], wide[:, D + 4 : D + 68]
+    norm = torch.rand(D, device=device).to(dtype), 1e-5
     y = nf4_linear(x, weights, lora, norm=norm)
     close(y, expected(x, plain, terms, [0] * M, norm=norm), roundings=2)  # the norm rounds on both sides
-    wanted = expected(gated, plain, terms, [0] * M, gated=True, residual=residual)
-    assert nf4_linear(gated, weights, lora, gated=True, residual=residual, out=residual) is residual
+    wanted = expected(x, plain, terms, [0] * M, residual=residual)
+    assert nf4_linear(x, weights, lora, residual=residual, out=residual) is residual
     close(residual, wanted)
+
+
+@pytest.mark.parametrize("slots", [[0], [-1], [1, 0, -1], [0] * 16])
+def test_gate_and_up(slots, dtype, device, close):
+    sizes, D = (48, 48), 512
+    weights, plain = quantised(sizes, D, device)
+    lora, terms = adapters(sizes, D, slots, dtype, device)
+    x, out = (torch.randn(len(slots), width, device=device).to(dtype) for width in (D, 96))
+    norm = torch.rand(D, device=device).to(dtype), 1e-5
+    assert nf4_linear(x, weights, lora, norm=norm, gated=True, out=out[:, 48:]).data_ptr() == out[:, 48:].data_ptr()
+    # gate and up round on both sides, and so does the norm
+    close(out[:, 48:], expected(x, plain, terms, slots, norm=norm, gated=True), roundings=6)
 
 
 @pytest.mark.parametrize("config", [Config(16, 3, 2, 1, 2), Config(32, 6, 1, 2, 3), Config(64, 1, 1, 4, 3)])
@@ -216,15 +229,19 @@ def test_refuses_what_does_not_fit(device):
         ((x.bfloat16(), weights, lora), "do not fit"),
         ((x.expand(2, 128), weights, lora), "do not fit"),
         ((torch.randn(128, 2, device=device).T, weights), "dense"),
+        ((x, weights, None), "two alike"),
     ):
         with pytest.raises(ValueError, match=message):
-            nf4_linear(*arguments)
+            nf4_linear(*arguments, gated="alike" in message)
     with pytest.raises(ValueError, match="multiples of 16"):
         quantised((40,), 64, device)
 
 
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@gpu
 @pytest.mark.parametrize("double", [False, True], ids=["fp32-scales", "double"])
 @pytest.mark.parametrize("M", [1, 4, 7, 16])
 def test_more_tiles_than_programs(M, double, close):
@@ -236,18 +253,57 @@ def test_more_tiles_than_programs(M, double, close):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_replays_with_new_rows_and_adapters(close):
+@gpu
+@pytest.mark.parametrize("cut", [Cut(r, w, one) for r, w in ((1, 8), (2, 8), (3, 8), (4, 4), (6, 4)) for one in (0, 1)])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_cut_of_one_row(cut, stored, close):
+    """Modules with and without an adapter, more ranks than programs, more tiles than programs, few tiles."""
+    for sizes, D, ranks, gated in (
+        ((4096, 1024, 1024), 4096, (64, 16), False),
+        ((64, 32), 256, (128, 5), False),
+        ((5504, 5504), 2048, (64, 64), True),
+        ((48, 48), 768, (600, 1), True),
+    ):
+        weights, plain = quantised(sizes, D, "cuda")
+        absmax = weights.absmax.to(stored)
+        plain = [
+            w * (to.float() / of).repeat_interleave(64).view_as(w)
+            for w, to, of in zip(plain, absmax.split(sizes), weights.absmax.split(sizes), strict=True)
+        ]
+        weights = replace(weights, absmax=absmax)
+        x = torch.randn(1, D, device="cuda").bfloat16()
+        norm = torch.rand(D, device="cuda").bfloat16(), 1e-5
+        for slot in (0, 1, -1):
+            lora, terms = adapters(sizes, D, [slot], torch.bfloat16, "cuda", ranks)
+            for _ in range(3):  # the counters are zero again
+                y = nf4_linear(x, weights, lora, norm=norm, gated=gated, config=cut)
+                close(y, expected(x, plain, terms, [slot], norm=norm, gated=gated), roundings=6 if gated else 2)
+                assert not weights.counters.any()
+            if not gated:
+                residual = torch.randn(1, sum(sizes), device="cuda").bfloat16()
+                y = nf4_linear(x, weights, lora, residual=residual, config=cut)
+                close(y, expected(x, plain, terms, [slot], residual=residual))
+        close(
+            nf4_linear(x, weights, gated=gated, config=cut),
+            expected(x, plain, gated=gated),
+            roundings=4 if gated else 1,
+        )
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("M", [1, 3])
+def test_replays_with_new_rows_and_adapters(M, close):
     sizes, D = (64, 64), 512
     weights, plain = quantised(sizes, D, "cuda")
-    lora, terms = adapters(sizes, D, [0, 0, 0], torch.bfloat16, "cuda")
-    x = torch.zeros(3, D, device="cuda", dtype=torch.bfloat16)
+    lora, terms = adapters(sizes, D, [0] * M, torch.bfloat16, "cuda")
+    x = torch.zeros(M, D, device="cuda", dtype=torch.bfloat16)
     nf4_linear(x, weights, lora)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = nf4_linear(x, weights, lora)
-    for slots in ([0, 1, -1], [-1, -1, 0]):
-        x.copy_(torch.randn(3, D))
-        lora.slots.copy_(torch.tensor(slots, dtype=torch.int32))
+    for slots in ([0, 1, -1], [-1, -1, 0], [1, 0, 0], [0, 0, 1]):
+        x.copy_(torch.randn(M, D))
+        lora.slots.copy_(torch.tensor(slots[:M], dtype=torch.int32))
         graph.replay()
         close(y, expected(x, plain, terms, slots))

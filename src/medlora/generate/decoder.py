@@ -97,8 +97,8 @@ class Decoder:
             project(attn.q_proj, attn.k_proj, attn.v_proj),
             project(attn.o_proj),
             _norm(layer.post_attention_layernorm),
-            project(mlp.gate_proj, mlp.up_proj),
-            project(mlp.down_proj, gated=True),
+            project(mlp.gate_proj, mlp.up_proj, gated=True),
+            project(mlp.down_proj),
         )
 
     def refresh(self) -> bool:

@@ -156,7 +156,7 @@ class Choice:
 class Projection:
     """One product: y = f(x) W' + the chosen adapter's scaling f(x) A' B' + residual.
 
-    f is a norm where one is given; with `gated` x is [T, 2 D], gate beside up, and f(x) = silu(gate) * up.
+    f is a norm where one is given; with `gated` the modules are gate and up, and silu(gate) * up comes out.
 
     Raises:
         Unknown: as `weight_of`, or an adapter that is a variant of LoRA or is merged.
@@ -196,15 +196,16 @@ class Projection:
     def __call__(
         self, x: Tensor, choice: Choice, *, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """x [T, D] -> [T, N]; `residual` [T, N]."""
+        """x [T, D] -> [T, N], or [T, N / 2] if gated; `residual` [T, N]."""
         adapted = self.ranks > 0 and choice.any
         if isinstance(self.weight, Nf4) and self.weight.reads_codes(x):
             terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
             return nf4_linear(x, self.weight.codes, terms, norm=norm, gated=self.gated, residual=residual)
-        x = rms_norm(x, *norm) if norm else gated(x) if self.gated else x
+        x = rms_norm(x, *norm) if norm else x
         y = self.weight(x)
         if adapted:
             self._add(y, x, choice)
+        y = gated(y) if self.gated else y
         return y if residual is None else y.add_(residual)
 
     def _add(self, y: Tensor, x: Tensor, choice: Choice) -> None:

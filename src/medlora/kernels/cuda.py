@@ -4,6 +4,8 @@ On Hopper and later a kernel may start before the one ahead of it in the stream 
 launch"), to do what does not depend on it, and then waits for it by itself: see `griddepcontrol` in its source.
 """
 
+from __future__ import annotations
+
 import ctypes
 import warnings
 from collections.abc import Mapping
@@ -14,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import jit, tl
+
 EARLY_START = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class _Attribute(ctypes.Structure):
@@ -29,34 +34,63 @@ class _Config(ctypes.Structure):
 
 
 class CudaKernel:
-    """kernel(programs, threads, *arguments), the arguments tensors and 32-bit integers in the order of the source."""
+    """kernel(programs, *arguments), the arguments tensors and 32-bit numbers in the order of the source."""
 
-    def __init__(self, module: Any, function: Any, early: bool) -> None:
+    def __init__(self, module: Any, function: Any, early: bool, threads: int, shared: int) -> None:
         self.module, self.function, self.early = module, function, early  # the module must outlive its function
+        self.threads, self.shared = threads, shared
+        _check(_driver().cuFuncSetAttribute(function, SHARED, shared))
+        resident = ctypes.c_int()
+        size = ctypes.c_size_t(shared)
+        _check(_driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(ctypes.byref(resident), function, threads, size))
+        self.resident = resident.value
+        """Programs that a multiprocessor holds at once."""
 
-    def __call__(self, programs: int, threads: int, *arguments: Tensor | int) -> None:
-        values = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments
-        ]  # fmt: skip
+    def __call__(self, programs: int, *arguments: Tensor | int | float) -> None:
+        values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         attribute = _Attribute(EARLY_START, 0, (1,))
         stream = torch.cuda.current_stream().cuda_stream
-        config = _Config(programs, 1, 1, threads, 1, 1, 0, stream, ctypes.pointer(attribute), int(self.early))
+        config = _Config(
+            programs, 1, 1, self.threads, 1, 1, self.shared, stream, ctypes.pointer(attribute), int(self.early)
+        )  # fmt: skip
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None))
 
 
+def _value(argument: Tensor | int | float) -> ctypes.c_void_p | ctypes.c_int | ctypes.c_float:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int(argument)
+
+
+def starts_early(device: torch.device | int) -> bool:
+    """Whether a kernel on this GPU may start before the one ahead has ended."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def early_start(x: Tensor) -> dict[str, bool]:
-    """Options of a Triton kernel, its EARLY among them, that may start on x's device before the one ahead has ended."""
-    early = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}
+    """Options of a Triton kernel, its EARLY for `wait_for_inputs` among them."""
+    return {"EARLY": True, "launch_pdl": True} if x.is_cuda and starts_early(x.device) else {"EARLY": False}
 
 
-def cuda_kernel(file: str, name: str, device: int, defined: Mapping[str, Any]) -> CudaKernel | None:
+@jit
+def wait_for_inputs(EARLY: tl.constexpr) -> None:
+    """Let the next kernel start, and wait for the one ahead."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+def cuda_kernel(
+    file: str, name: str, device: int, defined: Mapping[str, Any], threads: int, shared: int = 0
+) -> CudaKernel | None:
     """The function `name` of a file beside this one.
 
     Args:
         device: index of the GPU it runs on.
         defined: the macros.
+        threads: of a program.
+        shared: bytes of dynamic shared memory of a program.
 
     Returns:
         None, with one warning, where it cannot be compiled: the caller has another way.
@@ -68,7 +102,7 @@ def cuda_kernel(file: str, name: str, device: int, defined: Mapping[str, Any]) -
             module, function = ctypes.c_void_p(), ctypes.c_void_p()
             _check(_driver().cuModuleLoadData(ctypes.byref(module), binary))
             _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-            return CudaKernel(module, function, capability >= (9, 0))
+            return CudaKernel(module, function, starts_early(device), threads, shared)
     except (AttributeError, OSError, RuntimeError) as error:
         _warn(file, str(error))
         return None

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cuda import early_start
+from .cuda import early_start, wait_for_inputs
 from .dispatch import ceil_div, jit, next_power_of_2, tl, use_triton
 
 PAGE = 64  # positions
@@ -46,9 +46,7 @@ def _rope_append_kernel(
     EARLY: tl.constexpr,
 ) -> None:
     """Head program_id(1) of row program_id(0): the H of q, then the K of k, then those of v."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(EARLY)
     row, head = tl.program_id(0), tl.program_id(1)
     position = tl.load(lengths + row) - 1
     col = tl.arange(0, HALF)
@@ -105,9 +103,7 @@ def _attention_kernel(
 
     Writes out [B, H, SHARES, C], fp32 where there are several shares, and lse [B, H, SHARES] then.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(EARLY)
     row, head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
     start = share * pages * 64
@@ -157,9 +153,7 @@ def _join_kernel(
     EARLY: tl.constexpr,
 ) -> None:
     """One head of one row: shares weighted by exp(lse); those beyond the row's length were not written."""
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(EARLY)
     head = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + head // H)
     share, col = tl.arange(0, COUNT), tl.arange(0, WIDTH)

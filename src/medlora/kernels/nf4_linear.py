@@ -1,13 +1,15 @@
 """y = f(x) W' + s (f(x) A') B' + residual for a few rows, W read as NF4 codes: the linear layer of a decode step.
 
-Here f is the identity, RMSNorm or SwiGLU; W belongs to the modules that read one input (q, k, v or gate, up), their
-codes end to end; A and B to one of several adapters, chosen row by row, or to none (Hu et al. 2022, arXiv 2106.09685).
+Here f is the identity or RMSNorm; W belongs to the modules that read one input (q, k, v or gate, up), their codes end
+to end; A and B to one of several adapters, chosen row by row, or to none (Hu et al. 2022, arXiv 2106.09685). Of gate
+and up, what is written may be silu(gate) * up.
 
-Two launches. `_prepare_kernel` applies f once and computes h = s f(x) A'. Then one of two products, which decode blocks
-of 64 weights in registers, multiply on the tensor cores (also for one row: the multiplications are then free) and apply
-a block's absmax to the fp32 result:
+Two launches, where f or an adapter asks for the first. `_prepare_kernel` applies f once and computes h = s f(x) A'.
+Then one of two products, which decode blocks of 64 weights in registers, multiply on the tensor cores (also for one
+row: the multiplications are then free) and apply a block's absmax to the fp32 result:
 
-- nf4_linear.cu, in bfloat16 where D is a multiple of 256: two weights a look-up in a table in shared memory.
+- nf4_linear.cu, in bfloat16 where D is a multiple of 256: two weights a look-up in a table in shared memory. For one
+  row it does the first launch's work too.
 - `_product_kernel`, anywhere that Triton runs: its programs split the columns, and the last one of a tile adds the
   shares in order, so results do not depend on who came last. PRMT picks four bytes of eight by four nibbles: 2.6
   integer instructions a weight, whose units work at half rate, and that is its limit.
@@ -25,7 +27,7 @@ Shapes: M rows, D inputs, N outputs, G modules, R rank, S adapters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -33,9 +35,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .cuda import cuda_kernel, early_start
+from .cuda import CudaKernel, cuda_kernel, early_start, wait_for_inputs
 from .dispatch import ceil_div, jit, next_power_of_2, tl, use_triton
 from .nf4 import BLOCKSIZE, OUTER_BLOCKSIZE, DoubleQuant, dequantize_nf4, narrow, nf4_values, stored_scales
+from .swiglu import swiglu
 
 MAX_ROWS = 16
 MAX_MODULES = 3
@@ -58,6 +61,11 @@ class NF4Weights:
     """Outputs of each module."""
     double: DoubleQuant | None = None
     """Its offset holds one value a module, [G]."""
+    counters: Tensor = field(init=False, repr=False)
+    """int32 [2], zero between launches: what nf4_linear.cu's programs wait for each other by."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "counters", torch.zeros(2, dtype=torch.int32, device=self.codes.device))
 
     @property
     def N(self) -> int:
@@ -225,7 +233,6 @@ def _input(
     inverse: tl.tensor,
     D: tl.constexpr,
     NORM: tl.constexpr,
-    GATED: tl.constexpr,
 ) -> tl.tensor:
     """f(x) of one row at columns `col`, fp32 rounded to x's dtype."""
     inside = col < D
@@ -233,8 +240,6 @@ def _input(
     if NORM:
         value = (value * inverse).to(x.dtype.element_ty).to(tl.float32)
         value = value * tl.load(norm + col, inside, other=0.0).to(tl.float32)
-    if GATED:
-        value = value * tl.sigmoid(value) * tl.load(x + D + col, inside, other=0.0).to(tl.float32)
     return value.to(x.dtype.element_ty).to(tl.float32)
 
 
@@ -256,7 +261,6 @@ def _prepare_kernel(
     eps: float,
     D: tl.constexpr,
     NORM: tl.constexpr,
-    GATED: tl.constexpr,
     BY_PARITY: tl.constexpr,
     CHUNK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -266,9 +270,7 @@ def _prepare_kernel(
 
     inner is [M, D], or BY_PARITY [2, M, D / 2]. All loops are unrolled, so that a row's loads are under way together.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(EARLY)
     row, part = tl.program_id(0), tl.program_id(1)
     x += row.to(tl.int64) * x_row
     chunk = tl.arange(0, CHUNK)
@@ -282,7 +284,7 @@ def _prepare_kernel(
     if part == 0:
         for start in tl.static_range(0, D, CHUNK):
             col = start + chunk
-            value = _input(x, norm, col, inverse, D, NORM, GATED)
+            value = _input(x, norm, col, inverse, D, NORM)
             to = inner + row * D + col
             if BY_PARITY:
                 to = inner + (col % 2 * M + row) * (D // 2) + col // 2
@@ -299,7 +301,7 @@ def _prepare_kernel(
                 col = start + chunk
                 inside = (rank < G * R)[:, None] & (col < D)[None, :]
                 factor = tl.load(rows + col[None, :], inside, other=0.0).to(tl.float32)
-                total += tl.sum(factor * _input(x, norm, col, inverse, D, NORM, GATED)[None, :], 1)
+                total += tl.sum(factor * _input(x, norm, col, inverse, D, NORM)[None, :], 1)
             total *= tl.load(scaling + slot * G + rank // R, rank < G * R, other=0.0)
         tl.store(h + row * G * R + rank, total.to(h.dtype.element_ty), rank < G * R)
 
@@ -430,36 +432,35 @@ def nf4_linear(
 ) -> Tensor:
     """f(x) W' + s (f(x) A') B' + residual -> [M, N] in x's dtype; no gradient. Can be captured in a CUDA graph.
 
+    Not from two streams at once over the same weights.
+
     Args:
-        x: [M, D], or [M, 2 D] with `gated`, 1 <= M <= 16; bf16, or fp32 and fp16 at a lower speed; rows dense.
+        x: [M, D], 1 <= M <= 16; bf16, or fp32 and fp16 at a lower speed; rows dense.
         lora: adapters, None for none at all.
         norm: weight [D] and epsilon of an RMSNorm of x.
-        gated: x holds gate beside up, and f is silu(gate) * up.
-        residual: [M, N]; may be `out`.
-        out: [M, N], rows dense.
+        gated: the modules are gate and up, and silu(gate) * up [M, N / 2] is returned.
+        residual: [M, N]; may be `out`; not with `gated`.
+        out: as what is returned, rows dense.
         config: instead of what is chosen; a `Cut` for nf4_linear.cu.
 
     Raises:
         ValueError: shapes, dtypes or strides that do not fit.
     """
-    M, N = len(x), weights.N
-    out = x.new_empty(M, N) if out is None else out
+    out = x.new_empty(len(x), weights.N // (1 + gated)) if out is None else out
     _check(x, weights, lora, gated, residual, out)
     if not use_triton(x):
         return out.copy_(_plain(x, weights, lora, norm, gated, residual))
-    if config is None:
-        config = (
-            choose_cut(M, adapted=lora is not None)
-            if table_product(x, weights.D)
-            else choose_config(weights.sizes, weights.D, M)
-        )
-    by_parity = isinstance(config, Config)
-    counters = x.new_empty(N // config.BN if isinstance(config, Config) else 0, dtype=torch.int32)
-    inner, h = _prepare(x, weights, lora, norm, gated, counters, by_parity=by_parity)
-    if isinstance(config, Config):
-        _product(inner, h, weights, lora, residual, out, counters, config)
-    else:
-        _table_product(inner, h, weights, lora, residual, out, config)
+    cut = config if isinstance(config, Cut) else choose_cut(x, lora is not None, norm) if config is None else None
+    kernel = _table_kernel(x, weights, lora, norm, gated, residual, cut) if cut else None
+    if cut and kernel:
+        _table_product(kernel, cut, x, weights, lora, norm, gated, residual, out)
+        return out
+    config = config if isinstance(config, Config) else choose_config(weights.sizes, weights.D, len(x))
+    y = x.new_empty(len(x), weights.N) if gated else out
+    _product(x, weights, lora, norm, residual, y, config)
+    if gated:
+        gate, up = y.chunk(2, 1)
+        swiglu(gate, up, out)
     return out
 
 
@@ -468,16 +469,15 @@ def _prepare(
     weights: NF4Weights,
     lora: LoraTerms | None,
     norm: tuple[Tensor, float] | None,
-    gated: bool,
     counters: Tensor,
     *,
     by_parity: bool,
 ) -> tuple[Tensor, Tensor]:
     """f(x), x itself where that is the same, and h."""
-    (M, D), G = (len(x), weights.D), len(weights.sizes)
+    (M, D), G = x.shape, len(weights.sizes)
     R = lora.b.shape[2] if lora else 0
     h = x.new_empty(M, max(G * R, 1))
-    same = norm is None and not gated and not by_parity and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    same = norm is None and not by_parity and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
     if same and lora is None:
         return x, h
     inner = x.new_empty(M, D)
@@ -485,7 +485,7 @@ def _prepare(
     weight, eps = norm or (x, 0.0)
     _prepare_kernel[(M, 1 + ceil_div(G * R, RANKS))](
         x, weight, inner, counters, a, scaling, slots, h, x.stride(0), M, R, G, len(counters), eps, D=D,
-        NORM=norm is not None, GATED=gated, BY_PARITY=by_parity, CHUNK=min(CHUNK, next_power_of_2(D)), RANKS=RANKS,
+        NORM=norm is not None, BY_PARITY=by_parity, CHUNK=min(CHUNK, next_power_of_2(D)), RANKS=RANKS,
         num_warps=8, **early_start(x),
     )  # fmt: skip
     return (x if same else inner), h
@@ -495,73 +495,92 @@ class Cut(NamedTuple):
     """How nf4_linear.cu is compiled."""
 
     resident: int
-    """Programs of 8 warps on a multiprocessor, which must share its registers."""
+    """Programs on a multiprocessor, which must share its registers."""
+    warps: int = 8
+    """Of a program; 8 for more than 8 rows."""
+    one: bool = False
+    """One row in one launch."""
 
 
-def choose_cut(M: int, *, adapted: bool) -> Cut:
-    """By `bench/kernels_decode.py` on an H200."""
-    return Cut(1 if M > 8 else 2 if M > 4 or adapted else 3)
+def choose_cut(x: Tensor, adapted: bool, norm: tuple[Tensor, float] | None) -> Cut | None:
+    """By `bench/kernels_decode.py`; None where nf4_linear.cu does not serve.
 
-
-def table_product(x: Tensor, D: int) -> bool:
-    """Whether nf4_linear.cu serves: bfloat16, D a multiple of 256, compute capability 8.0 or later, NVRTC there."""
+    It does in bfloat16, with D a multiple of 256, from compute capability 8.0 on.
+    """
+    M, D = x.shape
     if not x.is_cuda or x.dtype != torch.bfloat16 or D % 256 or torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    return (
-        _table_kernel(x.device.index, choose_cut(len(x), adapted=False), _tiles(len(x)), torch.float32, False, False)
-        is not None
-    )
+        return None
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (x, norm[0] if norm else x))
+    return Cut(1 if M > 8 else 2 if M > 4 or adapted else 3, one=M == 1 and aligned)
 
 
-def _tiles(M: int) -> int:
-    """Of four rows."""
-    return 1 if M <= 4 else 2 if M <= 8 else 4
+def _table_kernel(
+    x: Tensor,
+    weights: NF4Weights,
+    lora: LoraTerms | None,
+    norm: tuple[Tensor, float] | None,
+    gated: bool,
+    residual: Tensor | None,
+    cut: Cut,
+) -> CudaKernel | None:
+    M, D = x.shape
+    normed = cut.one and norm is not None
+    return _compiled(
+        x.device.index, 2 * D if normed else 0,
+        TILES=1 if M <= 4 else 2 if M <= 8 else 4, WARPS=cut.warps, RESIDENT=cut.resident,
+        SCALES=SCALES.index(weights.absmax.dtype), ONE=int(cut.one), NORM=int(normed), LORA=int(lora is not None),
+        RESIDUAL=int(residual is not None), GATED=int(gated),
+    )  # fmt: skip
 
 
 @cache
-def _table_kernel(device: int, cut: Cut, tiles: int, scales: torch.dtype, lora: bool, residual: bool) -> Any:
+def _compiled(device: int, shared: int, **defined: int) -> CudaKernel | None:
     values = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.uint16).tolist()
-    defined = {
-        "TILES": tiles, "RESIDENT": cut.resident, "SCALES": SCALES.index(scales), "LORA": int(lora),
-        "RESIDUAL": int(residual), "TABLE": ",".join(map(str, values)),
-    }  # fmt: skip
-    return cuda_kernel("nf4_linear.cu", "nf4_product", device, defined)
+    macros = {**defined, "TABLE": ",".join(map(str, values))}
+    return cuda_kernel("nf4_linear.cu", "nf4_product", device, macros, 32 * defined["WARPS"], shared)
 
 
 def _table_product(
-    inner: Tensor,
-    h: Tensor,
+    kernel: CudaKernel,
+    cut: Cut,
+    x: Tensor,
     weights: NF4Weights,
     lora: LoraTerms | None,
+    norm: tuple[Tensor, float] | None,
+    gated: bool,
     residual: Tensor | None,
     y: Tensor,
-    cut: Cut,
 ) -> None:
-    (M, N), sizes, double = y.shape, weights.sizes, weights.double
-    scales = weights.absmax.dtype
-    kernel = _table_kernel(y.device.index, cut, _tiles(M), scales, lora is not None, residual is not None)
-    code, outer, offset = double or (weights.absmax,) * 3
-    b, slots = (lora.b, lora.slots) if lora else (h, h)
-    S, R = (b.shape[0], b.shape[2]) if lora else (0, 1)
-    programs = min(N // TILE, cut.resident * torch.cuda.get_device_properties(y.device).multi_processor_count)
+    M, N, sizes, absmax, counters = len(x), weights.N, weights.sizes, weights.absmax, weights.counters
+    S, R = (lora.b.shape[0], lora.b.shape[2]) if lora else (0, 1)
+    if cut.one:
+        h = x.new_empty(1, len(sizes) * R)
+    else:
+        x, h = _prepare(x, weights, lora, norm, counters[:0], by_parity=False)
+    code, outer, offset = weights.double or (absmax,) * 3
+    a, b, scaling, slots = (lora.a, lora.b, lora.scaling, lora.slots) if lora else (h,) * 4
+    weight, eps = norm or (h, 0.0)
     added = y if residual is None else residual
+    resident = min(cut.resident, kernel.resident) * torch.cuda.get_device_properties(y.device).multi_processor_count
     kernel(
-        programs, 256, inner, weights.codes, weights.absmax, code, outer, offset, h, b, slots, added, y,
-        inner.stride(0), added.stride(0), y.stride(0), M, N, weights.D, sizes[0], sum(sizes[:2]), S, R, len(sizes),
+        min(y.shape[1] // TILE, resident), x, weights.codes, absmax, code, outer, offset, h, b, slots, added, y,
+        weight, a, scaling, counters, x.stride(0), added.stride(0), y.stride(0), M, N, weights.D, sizes[0],
+        sum(sizes[:2]), S, R, len(sizes), float(eps),
     )  # fmt: skip
 
 
 def _product(
-    halves: Tensor,
-    h: Tensor,
+    x: Tensor,
     weights: NF4Weights,
     lora: LoraTerms | None,
+    norm: tuple[Tensor, float] | None,
     residual: Tensor | None,
     y: Tensor,
-    counters: Tensor,
     config: Config,
 ) -> None:
     (M, N), D, sizes = y.shape, weights.D, weights.sizes
+    counters = x.new_empty(N // config.BN, dtype=torch.int32)
+    halves, h = _prepare(x, weights, lora, norm, counters, by_parity=True)
     BM = 8 if M <= 8 else 16
     split = config.SPLIT
     shares = torch.empty(split * N * BM if split > 1 else 1, dtype=torch.float32, device=y.device)
@@ -594,12 +613,14 @@ def _plain(
 def _check(
     x: Tensor, weights: NF4Weights, lora: LoraTerms | None, gated: bool, residual: Tensor | None, out: Tensor
 ) -> None:
-    M, N, D = len(x), weights.N, weights.D
-    if not 1 <= M <= MAX_ROWS or x.shape[1:] != (2 * D if gated else D,):
-        raise ValueError(f"x {tuple(x.shape)}: expected 1 to {MAX_ROWS} rows of {2 * D if gated else D}")
+    M, N, D, sizes = len(x), weights.N, weights.D, weights.sizes
+    if not 1 <= M <= MAX_ROWS or x.shape[1:] != (D,):
+        raise ValueError(f"x {tuple(x.shape)}: expected 1 to {MAX_ROWS} rows of {D}")
+    if gated and (residual is not None or len(sizes) != 2 or sizes[0] != sizes[1]):
+        raise ValueError(f"modules of {sizes} outputs: `gated` takes two alike and no residual")
     for tensor in (out, out if residual is None else residual):
-        if tensor.shape != (M, N) or tensor.dtype != x.dtype or tensor.stride(-1) != 1:
-            raise ValueError(f"out and residual must be {(M, N)} in {x.dtype} with dense rows")
+        if tensor.shape != (M, N // (1 + gated)) or tensor.dtype != x.dtype or tensor.stride(-1) != 1:
+            raise ValueError(f"out and residual must be {(M, N // (1 + gated))} in {x.dtype} with dense rows")
     if x.stride(-1) != 1:
         raise ValueError("the rows of x must be dense")
     if lora is None:

@@ -153,9 +153,10 @@ def nf4_linear(
 ) -> Tensor:
     """f(x) W' + each row's LoRA term + residual, from weights [N, D] of modules with `sizes` outputs.
 
-    `lora` is (a [S, G R, D], b [S, N, R], scaling [S, G], slots [M], -1 for none); f as in `kernels.nf4_linear`.
+    `lora` is (a [S, G R, D], b [S, N, R], scaling [S, G], slots [M], -1 for none); f and `gated` as in
+    `kernels.nf4_linear`.
     """
-    inner = swiglu(*x.chunk(2, 1)) if gated else x if norm is None else rms_norm(x, *norm)[0]
+    inner = x if norm is None else rms_norm(x, *norm)[0]
     y = inner.float() @ w.float().T
     if lora is not None:
         a, b, scaling, slots = lora
@@ -164,7 +165,8 @@ def nf4_linear(
         h = (h * (scaling[slot] * (slots >= 0)[:, None])[:, :, None]).to(x.dtype).float()
         parts = zip(h.unbind(1), b[slot].float().split(sizes, 1), strict=True)
         y = y + torch.cat([torch.einsum("mr,mnr->mn", hg, bg) for hg, bg in parts], 1)
-    return (y if residual is None else y + residual.float()).to(x.dtype)
+    y = (y if residual is None else y + residual.float()).to(x.dtype)
+    return swiglu(*y.chunk(2, 1)) if gated else y
 
 
 def rope_append(
