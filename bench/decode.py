@@ -13,7 +13,7 @@ tokens, past any end token, in a process of its own.
     long       a prompt of 3,900 tokens and 100 more: peak of allocated memory (on a CPU of the process)
     many       medlora only: memory after 2,000 requests beyond that after 200
 
-Figures are medians over `--repeats` calls after one that warms up. For batch 1 the bytes of all weights that a token
+Figures are medians over `--repeats` calls after two that warm up. For batch 1 the bytes of all weights that a token
 reads, over its time, stand beside the bandwidth of a copy in the same process (bytes read and written).
 """
 
@@ -133,7 +133,7 @@ class Prompts:
 def timed(generate: Generate, prompts: Prompts, rows: int, length: int, tokens: int, repeats: int) -> dict[str, Any]:
     """Median, shortest and longest seconds of a call, and the tokens of the last."""
     seconds: list[float] = []
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 2):
         asked = prompts(rows, length)
         synchronize()
         began = time.perf_counter()
@@ -141,7 +141,7 @@ def timed(generate: Generate, prompts: Prompts, rows: int, length: int, tokens: 
         synchronize()
         seconds.append(time.perf_counter() - began)
     assert all(len(row) == tokens for row in found)
-    seconds = seconds[1:]
+    seconds = seconds[2:]
     return {
         "seconds": statistics.median(seconds),
         "fastest": min(seconds),

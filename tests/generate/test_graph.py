@@ -109,6 +109,20 @@ def test_modules_hold_views_that_bitsandbytes_still_reads(pair: tuple[Any, Any])
         assert torch.equal(dequantize_4bit(base.weight.data, base.weight.quant_state), plain.weight)
 
 
+@pytest.mark.parametrize("length", [1, 16, 17, 32, 150])
+def test_a_short_prompt_passes_through_steps(
+    pair: tuple[Any, Any], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 150 tokens the cache knows 128."""
+    engine, ids = Engine(pair[0]), prompt(length, length)
+    engine.step = Steps(engine.decoder, engine.cache, graphs=False)
+    asked = [Request(ids, Sampling(max_new_tokens=12), adapter) for adapter in ADAPTERS]
+    whole = [engine.generate([request])[0] for request in asked[:1]] + engine.generate(asked[1:])
+    monkeypatch.setattr("medlora.generate.batch.Pass", None)
+    again = [engine.generate([request])[0] for request in asked]
+    assert [[t.id for t in tokens] for tokens in again] == [[t.id for t in tokens] for tokens in whole]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,5 +135,9 @@ def test_captured_steps_give_the_tokens_of_uncaptured_ones(toy_model: Any, dtype
         for i in range(12)
     ]
     plain = Engine(model, rows=5, graphs=False).generate(requests)
-    captured = Engine(model, rows=5).generate(requests)
+    engine = Engine(model, rows=5)
+    captured = engine.generate(requests)
     assert [[t.id for t in tokens] for tokens in captured] == [[t.id for t in tokens] for tokens in plain]
+    if dtype == torch.float32:  # the shortest prompt through captured steps, the others' beginnings from the cache
+        alone = [engine.generate([request])[0] for request in requests]
+        assert [[t.id for t in tokens] for tokens in alone] == [[t.id for t in tokens] for tokens in plain]

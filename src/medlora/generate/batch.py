@@ -25,9 +25,13 @@ from medlora.generate.decoder import Decoder, Pass, Span
 from medlora.generate.request import Row, Token
 from medlora.generate.sampling import Controls, choose, log_probabilities, penalise
 from medlora.generate.speculative import Lookup, Pace
+from medlora.kernels.dispatch import ceil_div
+from medlora.kernels.nf4_linear import MAX_ROWS
 
 CHUNK = 1280  # prompt tokens a pass, which holds 50 KiB for each of them at 7B: 64 questions of 20 are one pass
 DRAFTING = 4  # most rows that draft together: with more, the products are no longer bound by memory
+
+SHORT = 2 * MAX_ROWS  # tokens of a prompt that two steps take
 
 Step = Callable[[Tensor, Sequence[Span], Sequence[int]], Tensor]
 """Tokens [T], spans and the spans' adapters -> logits [T, V] float32."""
@@ -59,12 +63,20 @@ class Batch:
         step: a decode step of the engine.
         seats: most rows at once.
         draft: whether rows draft; None leaves it to the clock.
+        short: most tokens of a prompt that passes through steps, if it is the only one.
     """
 
     def __init__(
-        self, decoder: Decoder, cache: Cache, step: Step, rows: Sequence[Row], seats: int, draft: bool | None
+        self,
+        decoder: Decoder,
+        cache: Cache,
+        step: Step,
+        rows: Sequence[Row],
+        seats: int,
+        draft: bool | None,
+        short: int = 0,
     ) -> None:
-        self.decoder, self.cache, self.step = decoder, cache, step
+        self.decoder, self.cache, self.step, self.short = decoder, cache, step, short
         self.device = decoder.device
         self.waiting, self.running = deque(rows), list[Row]()
         self.seats = list(range(seats))[::-1]
@@ -120,6 +132,8 @@ class Batch:
 
     def _prefill(self, rows: Sequence[Row]) -> Tensor:
         """Logits [B, V] float32 after each prompt."""
+        if len(rows) == 1 and len(rows[0].request.ids) - rows[0].held.known <= self.short:
+            return self._through_steps(rows[0])
         last: list[Tensor] = []
         for parts in _passes(rows):
             ids = [i for row, span in parts for i in row.request.ids[span.past : span.past + span.new]]
@@ -128,6 +142,16 @@ class Batch:
             whole = [span.past + span.new == len(row.request.ids) for row, span in parts]
             last.append(hidden[[end - 1 for end, done in zip(this.borders[1:], whole, strict=True) if done]])
         return self.decoder.head(torch.cat(last)).float()
+
+    def _through_steps(self, row: Row) -> Tensor:
+        """Logits [1, V] after a prompt whose tokens pass like a draft's: a pass of few is the host's time alone."""
+        ids, start = row.request.ids, row.held.known
+        for left in range(ceil_div(len(ids) - start, MAX_ROWS), 0, -1):
+            new = ceil_div(len(ids) - start, left)
+            tokens = torch.tensor(ids[start : start + new]).to(self.device)
+            logits = self.step(tokens, [Span(row.held.blocks, start, new)], [row.slot])
+            start += new
+        return logits[-1:]
 
     def _decode(self, rows: Sequence[Row], drafts: Sequence[Sequence[int]]) -> Tensor:
         """Logits [T, V] float32 after each row's last token and each token of its draft."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medlora.errors import ModelError
-from medlora.generate.batch import Batch, Step
+from medlora.generate.batch import SHORT, Batch, Step
 from medlora.generate.cache import Cache, free_bytes
 from medlora.generate.decoder import Decoder, Pass, Span
 from medlora.generate.graph import Steps
@@ -74,7 +74,9 @@ class Engine:
         with torch.inference_mode():
             if self.decoder.refresh():
                 self.cache.forget()
-        return Batch(self.decoder, self.cache, self.step, rows, self.rows, self.draft).run()
+        # A first answer would wait longer for another capture than for a pass.
+        short = SHORT if isinstance(self.step, Steps) and self.step.ready else 0
+        return Batch(self.decoder, self.cache, self.step, rows, self.rows, self.draft, short).run()
 
     def _step(self, tokens: Tensor, spans: Sequence[Span], slots: Sequence[int]) -> Tensor:
         hidden = self.decoder(tokens, Pass(self.decoder, spans, slots), self.cache)

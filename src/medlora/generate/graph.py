@@ -5,8 +5,8 @@ host would take longer to ask than the device to answer. A graph is captured whe
 tokens, lengths, block tables and adapters from buffers that stay in place, which are filled before each replay. Sizes
 are powers of two; rows that fill one up have length 0, so they read nothing and write nothing.
 
-Several tokens of one conversation (a draft) are rows with the same table and growing lengths: every layer writes all
-keys before any row looks.
+Several tokens of one conversation (a draft, a short prompt) are rows with the same table and growing lengths: every
+layer writes all keys before any row looks.
 """
 
 # torch leaves Stream untyped
