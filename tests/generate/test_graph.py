@@ -12,7 +12,7 @@ from medlora.generate.engine import Engine
 from medlora.generate.graph import Steps
 from medlora.generate.request import Request
 from medlora.generate.sampling import Sampling
-from medlora.generate.weights import Nf4
+from medlora.generate.weights import Nf4, _every_nth, _Lora
 from medlora.kernels.nf4 import stored_scales
 
 ADAPTERS = (None, "all", "some")
@@ -82,6 +82,45 @@ def test_steps_over_codes_give_the_logits_of_plain_weights(pair: tuple[Any, Any]
                 torch.testing.assert_close(steps(tokens, spans, slots), general, rtol=1e-4, atol=1e-4)
             found.append(general)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("deleted", ["some", None])
+def test_many_rows_over_kept_weights_give_the_logits_of_plain_ones(pair: tuple[Any, Any], deleted: str | None) -> None:
+    """With one adapter the modules' terms go as a batch; a's are appended to the weights where they fit."""
+    found, rows = [], 20
+    slots = [i % (2 if deleted else 3) - 1 for i in range(rows)]
+    for model in map(copy.deepcopy, pair):
+        if deleted:
+            model.delete_adapter(deleted)
+        decoder = Decoder(model)
+        decoder.refresh()
+        cache = Cache(2, decoder.heads[1:], decoder.dtype, decoder.device, 2**24)
+        spans = [Span(cache.take([i], 1, slot).blocks, 0, 1) for i, slot in enumerate(slots)]
+        steps = Steps(decoder, cache, graphs=False)
+        with torch.inference_mode():
+            for _ in range(2):
+                logits = steps(torch.arange(5, 5 + rows), spans, slots)
+        found.append(logits)
+        first = decoder.layers[0]
+        assert (first.gate_up.batched is None) == (deleted is None)
+        assert (first.gate_up.wide is not None) == isinstance(first.gate_up.weight, Nf4)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sizes", "expected"),
+    [
+        ((4, None, 4), (8, 8, 8), slice(0, 3, 2)),
+        ((4, 4, 4), (8, 8, 8), slice(0, 3, 1)),
+        ((None, 4, 4), (8, 8, 8), slice(1, 3, 1)),
+        ((4, 2, 4), (8, 8, 8), None),
+        ((4, 4, 4), (8, 4, 4), None),
+        ((4, None, None), (8, 8, 8), None),
+    ],
+)
+def test_which_terms_go_as_a_batch(ranks: Any, sizes: tuple[int, ...], expected: slice | None) -> None:
+    loras = [_Lora(torch.zeros(r, 1), torch.zeros(1, r), 1.0) if r else None for r in ranks]
+    assert _every_nth(loras, sizes, 4) == expected
 
 
 def test_answers_over_codes_are_those_of_transformers_over_plain_weights(pair: tuple[Any, Any]) -> None:

@@ -85,6 +85,9 @@ class Decoder:
             self.layers = [self._layer(layer) for layer in self.model.layers]
             self.head = weight_of([causal.lm_head], self.dtype)
         self.projections = [p for layer in self.layers for p in layer if isinstance(p, Projection)]
+        alike: dict[str, Tensor] = {}
+        for p in self.projections:  # layers that scale alike look up the same table
+            p.factors = alike.setdefault(str(p.factors.tolist()), p.factors)
         self._seen = -1
 
     def _layer(self, layer: Any) -> Layer:
@@ -115,6 +118,7 @@ class Decoder:
         """Hidden states [T, D] after the final norm of tokens [T] int64; their keys and values go to the cache."""
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         choice = row.choice
+        choice.found.clear()
         for index, layer in enumerate(self.layers):
             heads = row.attend(layer.qkv(x, choice, norm=layer.input_norm), cache, index)
             x = layer.o(heads, choice, residual=x)
@@ -123,10 +127,11 @@ class Decoder:
 
     def keep(self, free: int) -> None:
         """Dequantise NF4 weights for good, if that takes no more than half of `free` bytes: for many rows a step."""
-        codes = [p.weight for p in self.projections if isinstance(p.weight, Nf4) and p.weight.kept is None]
-        if sum(weight.codes.N * weight.codes.D for weight in codes) * self.dtype.itemsize <= free // 2:
-            for weight in codes:
-                weight.keep()
+        left = [p for p in self.projections if isinstance(p.weight, Nf4) and p.weight.kept is None]
+        size = sum(w.codes.N * w.codes.D for w in (p.weight for p in left) if isinstance(w, Nf4)) * self.dtype.itemsize
+        if size <= free // 2:
+            for projection in left:
+                projection.keep()
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:

@@ -36,16 +36,19 @@ class Unknown(Exception):
 
 
 class Weight(Protocol):
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, D] -> x W' + bias [T, N]."""
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """x [T, D] -> x W' + bias [T, N], added to `onto` in its place where that is given."""
 
 
 class Dense(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        if onto is None:
+            return F.linear(x, self.weight, self.bias)
+        y = onto.addmm_(x, self.weight.t())
+        return y if self.bias is None else y.add_(self.bias)
 
 
 class Half(NamedTuple):
@@ -53,9 +56,9 @@ class Half(NamedTuple):
 
     packed: Any
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
-        return y
+        return y if onto is None else onto.add_(y)
 
 
 class Nf4:
@@ -80,20 +83,15 @@ class Nf4:
     def reads_codes(self, x: Tensor) -> bool:
         return len(x) <= MAX_ROWS and self.bias is None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if self.kept is not None:
-            return F.linear(x, self.kept, self.bias)
-        y, columns = x.new_empty(len(x), self.codes.N), 0
+            return Dense(self.kept, self.bias)(x, onto)
+        y, first = x.new_empty(len(x), self.codes.N) if onto is None else onto, 0
         for piece in self.pieces:
-            torch.mm(x, self._dense(piece).t(), out=y[:, columns : columns + piece.N])
-            columns += piece.N
+            w = piece.dequantize(torch.empty(piece.N, piece.D, dtype=self.dtype, device=x.device))
+            torch.addmm(columns := y[:, first : first + piece.N], x, w.t(), beta=int(onto is not None), out=columns)
+            first += piece.N
         return y if self.bias is None else y.add_(self.bias)
-
-    def keep(self) -> None:
-        self.kept = self._dense(self.codes)
-
-    def _dense(self, codes: NF4Weights) -> Tensor:
-        return codes.dequantize(torch.empty(codes.N, codes.D, dtype=self.dtype, device=codes.codes.device))
 
 
 def weight_of(bases: Sequence[Any], dtype: torch.dtype) -> Weight:
@@ -151,6 +149,16 @@ class Choice:
         self.slots = on_device
         self.any = slots is None or any(slot >= 0 for slot in slots)
         self.same = slots[0] if slots and len(set(slots)) == 1 else None
+        self.found: dict[int, Tensor] = {}
+        """What `rows_of` found in this pass."""
+
+    def rows_of(self, table: Tensor) -> Tensor:
+        """Of a table [S + 1, n] each row's line [T, n], or the line [n] that all take; looked up once a pass."""
+        if self.same is not None:
+            return table[self.same]
+        if id(table) not in self.found:
+            self.found[id(table)] = table[self.slots]
+        return self.found[id(table)]
 
 
 class Projection:
@@ -177,6 +185,9 @@ class Projection:
         every = torch.block_diag(*self.scaling.repeat_interleave(R, 1)).view(S, S * G * R) if S else self.scaling
         self.factors = torch.cat([every, every.new_zeros(1, S * G * R)]).to(dtype) if S else every
         """[S + 1, S G R]: of each rank, by the row's adapter; the last line, -1, is for none."""
+        self.wide: Tensor | None = None
+        """Kept weights and below them every a, [N + S G R, D]: one product gives what both make of x."""
+        self.sizes, self.batched = sizes, _every_nth(found[0], sizes, R) if S == 1 else None
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.parts: list[tuple[slice, slice, Tensor]] = []
         """(columns of y, ranks, b) of each adapted module."""
@@ -196,28 +207,60 @@ class Projection:
     def __call__(
         self, x: Tensor, choice: Choice, *, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        """x [T, D] -> [T, N], or [T, N / 2] if gated; `residual` [T, N]."""
+        """x [T, D] -> [T, N], or [T, N / 2] if gated; `residual` [T, N] may be overwritten."""
         adapted = self.ranks > 0 and choice.any
         if isinstance(self.weight, Nf4) and self.weight.reads_codes(x):
             terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
             return nf4_linear(x, self.weight.codes, terms, norm=norm, gated=self.gated, residual=residual)
         x = rms_norm(x, *norm) if norm else x
-        y = self.weight(x)
-        if adapted:
-            self._add(y, x, choice)
-        y = gated(y) if self.gated else y
-        return y if residual is None else y.add_(residual)
+        if adapted and self.wide is not None:
+            y, h_TR = F.linear(x, self.wide).tensor_split([sum(self.sizes)], 1)
+            self._add(y, h_TR, choice)
+            y = y if residual is None else residual.add_(y)
+        else:
+            y = self.weight(x, residual)
+            if adapted:
+                self._add(y, x @ self.a.flatten(0, 1).t(), choice)
+        return gated(y) if self.gated else y
 
-    def _add(self, y: Tensor, x: Tensor, choice: Choice) -> None:
-        h_TR = x @ self.a.flatten(0, 1).t()
-        h_TR *= self.factors[choice.slots if choice.same is None else choice.same]
+    def _add(self, y: Tensor, h_TR: Tensor, choice: Choice) -> None:
+        h_TR *= choice.rows_of(self.factors)
+        if self.batched:
+            shape = len(self.sizes), -1
+            y_GTN, h_GTR = (t.unflatten(1, shape).transpose(0, 1)[self.batched] for t in (y, h_TR))
+            y_GTN.baddbmm_(h_GTR, self.b[0].unflatten(0, shape)[self.batched].transpose(1, 2))
+            return
         for columns, ranks, b in self.parts:
             y[:, columns].addmm_(h_TR[:, ranks], b.t())
+
+    def keep(self) -> None:
+        """Dequantise NF4 weights for good."""
+        assert isinstance(self.weight, Nf4)
+        codes, every = self.weight.codes, self.a.flatten(0, 1)
+        wide = self.a.new_empty(codes.N + len(every), codes.D)
+        self.weight.kept = codes.dequantize(wide[: codes.N])
+        if len(every) % 8 == 0 and self.weight.bias is None:  # else rows would not begin where vector loads do
+            self.wide = wide
+            self._refresh_wide()
+
+    def _refresh_wide(self) -> None:
+        if self.wide is not None:
+            self.wide[sum(self.sizes) :] = self.a.flatten(0, 1)
 
     def refresh(self) -> None:
         """Take the trained tensors over."""
         for to, master in self.copies:
             to.copy_(master.detach())
+        self._refresh_wide()
+
+
+def _every_nth(loras: "Sequence[_Lora | None]", sizes: Sequence[int], R: int) -> slice | None:
+    """Which modules have an adapter, if they are several of one shape at even steps among modules of one size."""
+    which = [g for g, lora in enumerate(loras) if lora]
+    if len(which) < 2 or len(set(sizes)) > 1 or any(lora and len(lora.a) < R for lora in loras):
+        return None
+    even = range(which[0], which[-1] + 1, which[1] - which[0])
+    return slice(even.start, even.stop, even.step) if list(even) == which else None
 
 
 def gated(x: Tensor) -> Tensor:
