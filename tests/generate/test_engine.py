@@ -155,6 +155,7 @@ def test_a_prompt_in_parts_gives_what_it_gives_at_once(
     requests = [Request(prompt(i, 20 + 45 * i), Sampling(max_new_tokens=20), "all") for i in range(4)]
     whole = [ids_of(tokens) for tokens in engine.generate(requests)]
     monkeypatch.setattr("medlora.generate.batch.CHUNK", 50)
+    monkeypatch.setattr("medlora.generate.batch.LONG_CHUNK", 30)
     assert [ids_of(tokens) for tokens in Engine(toy_model).generate(requests)] == whole
 
 

@@ -28,7 +28,8 @@ from medlora.generate.speculative import Lookup, Pace
 from medlora.kernels.dispatch import ceil_div
 from medlora.kernels.nf4_linear import MAX_ROWS
 
-CHUNK = 1280  # prompt tokens a pass, which holds 50 KiB for each of them at 7B: 64 questions of 20 are one pass
+CHUNK = 1280  # most prompt tokens in one pass, which holds 50 KiB for each of them at 7B: 64 questions of 20 fit
+LONG_CHUNK = 768  # of a pass where that does not do: keys and values then take the memory
 DRAFTING = 4  # most rows that draft together: with more, the products are no longer bound by memory
 
 SHORT = 2 * MAX_ROWS  # tokens of a prompt that two steps take
@@ -135,7 +136,9 @@ class Batch:
         if len(rows) == 1 and len(rows[0].request.ids) - rows[0].held.known <= self.short:
             return self._through_steps(rows[0])
         last: list[Tensor] = []
-        for parts in _passes(rows):
+        passes = list(_passes(rows))
+        self.decoder.lean(len(passes) > 1)
+        for parts in passes:
             ids = [i for row, span in parts for i in row.request.ids[span.past : span.past + span.new]]
             this = Pass(self.decoder, [span for _, span in parts], [row.slot for row, _ in parts])
             hidden = self.decoder(torch.tensor(ids).to(self.device), this, self.cache)
@@ -270,9 +273,10 @@ def _departed(*tensors: Tensor) -> Callable[[], list[list[Any]]]:
 
 
 def _passes(rows: Sequence[Row]) -> Iterator[list[tuple[Row, Span]]]:
-    """What the cache does not know of the prompts, in passes of at most `CHUNK` tokens."""
+    """What the cache does not know of the prompts, in one pass or in several."""
     parts: list[tuple[Row, Span]] = []
-    room = CHUNK
+    most = CHUNK if sum(len(row.request.ids) - row.held.known for row in rows) <= CHUNK else LONG_CHUNK
+    room = most
     for row in rows:
         start, end = row.held.known, len(row.request.ids)
         while start < end:
@@ -281,7 +285,7 @@ def _passes(rows: Sequence[Row]) -> Iterator[list[tuple[Row, Span]]]:
             start, room = start + new, room - new
             if not room:
                 yield parts
-                parts, room = [], CHUNK
+                parts, room = [], most
     if parts:
         yield parts
 

@@ -77,8 +77,7 @@ class Cache:
         if not self._make_room(missing):
             self.give(held, ids[: held.known])
             return None
-        for _ in range(missing):
-            block = self._fresh()
+        for block in sorted(self._fresh() for _ in range(missing)):  # neighbours in order are read without a copy
             held.blocks.append(block)
             self._use(block)
         self.remember(held, ids)

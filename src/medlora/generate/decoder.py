@@ -133,6 +133,12 @@ class Decoder:
             for projection in left:
                 projection.keep()
 
+    def lean(self, lean: bool) -> None:
+        """Whether passes of many tokens hold less at once, at the price of smaller products."""
+        for projection in self.projections:
+            if isinstance(projection.weight, Nf4):
+                projection.weight.lean = lean
+
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
         """`rotary` of every position."""

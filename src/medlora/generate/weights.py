@@ -26,7 +26,7 @@ from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_line
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
 
-DENSE = 2**25  # weights dequantised at a time for a prompt: 64 MiB in 16 bits
+LEAN = 2**24  # weights dequantised at a time where memory is short: 32 MiB in 16 bits
 Norm = tuple[Tensor, float]
 """Weight [D] and epsilon of an RMSNorm."""
 
@@ -70,7 +70,8 @@ class Nf4:
     def __init__(self, bases: Sequence[Any], bias: Tensor | None, dtype: torch.dtype) -> None:
         states = [base.weight.quant_state for base in bases]
         self.codes = NF4Weights.of([base.weight.data for base in bases], states)
-        self.pieces = self.codes.pieces(DENSE)
+        self.pieces, self.lean = self.codes.pieces(LEAN), False
+        """Whether they are dequantised piece by piece."""
         self.bias, self.dtype = bias, dtype
         self.kept: Tensor | None = None
         """[N, D], where memory allowed to dequantise for good."""
@@ -87,7 +88,7 @@ class Nf4:
         if self.kept is not None:
             return Dense(self.kept, self.bias)(x, onto)
         y, first = x.new_empty(len(x), self.codes.N) if onto is None else onto, 0
-        for piece in self.pieces:
+        for piece in self.pieces if self.lean else (self.codes,):
             w = piece.dequantize(torch.empty(piece.N, piece.D, dtype=self.dtype, device=x.device))
             torch.addmm(columns := y[:, first : first + piece.N], x, w.t(), beta=int(onto is not None), out=columns)
             first += piece.N
@@ -187,7 +188,8 @@ class Projection:
         """[S + 1, S G R]: of each rank, by the row's adapter; the last line, -1, is for none."""
         self.wide: Tensor | None = None
         """Kept weights and below them every a, [N + S G R, D]: one product gives what both make of x."""
-        self.sizes, self.batched = sizes, _every_nth(found[0], sizes, R) if S == 1 else None
+        alike = S == 1 and (device.type == "cuda" or dtype == torch.float32)  # else oneDNN refuses the strides
+        self.sizes, self.batched = sizes, _every_nth(found[0], sizes, R) if alike else None
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.parts: list[tuple[slice, slice, Tensor]] = []
         """(columns of y, ranks, b) of each adapted module."""
