@@ -104,6 +104,31 @@ def test_logits_agree_at_every_position_in_prefill_and_in_decode(toy_model: Any,
     torch.testing.assert_close(torch.cat(found), target, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="this CPU has no FBGEMM")
+def test_few_rows_on_a_cpu_in_bfloat16_are_as_near_to_float32_as_transformers(toy_model: Any) -> None:
+    model = copy.deepcopy(toy_model).bfloat16()
+    decoder, ids = Decoder(model), prompt(5, 90)
+    assert decoder.few and all(p.few for p in decoder.projections)
+    slot = decoder.adapters.index("all")
+    for _ in range(2):
+        decoder.refresh()
+        cache = Cache(2, decoder.heads[1:], decoder.dtype, decoder.device, 2**24)
+        held = cache.take(ids, len(ids), slot)
+        assert held
+        model.set_adapter("all")
+        with torch.inference_mode():
+            found = []
+            for start, stop in ((0, 70), (70, 78), *((i, i + 1) for i in range(78, 90))):
+                this = Pass(decoder, [Span(held.blocks, start, stop - start)], [slot])
+                found.append(decoder.logits(decoder(torch.tensor(ids[start:stop]), this, cache)))
+            real = copy.deepcopy(model).float()(input_ids=torch.tensor([ids])).logits[0, 70:]
+            target = model(input_ids=torch.tensor([ids])).logits[0, 70:]
+        assert (torch.cat(found)[70:] - real).norm() < 1.5 * (target - real).norm()
+        with torch.no_grad():
+            for _, master in decoder.projections[0].copies:  # trained on
+                master.mul_(-2)
+
+
 def test_a_hundred_mixed_prompts_give_each_what_it_gets_alone(engine: Engine) -> None:
     rng = random.Random(0)
     shared = prompt(99, 130)

@@ -144,7 +144,7 @@ class Batch:
             hidden = self.decoder(torch.tensor(ids).to(self.device), this, self.cache)
             whole = [span.past + span.new == len(row.request.ids) for row, span in parts]
             last.append(hidden[[end - 1 for end, done in zip(this.borders[1:], whole, strict=True) if done]])
-        return self.decoder.head(torch.cat(last)).float()
+        return self.decoder.logits(torch.cat(last))
 
     def _through_steps(self, row: Row) -> Tensor:
         """Logits [1, V] after a prompt whose tokens pass like a draft's: a pass of few is the host's time alone."""

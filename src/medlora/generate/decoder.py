@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medlora.generate.cache import BLOCK, Cache
-from medlora.generate.weights import Choice, Nf4, Norm, Projection, Unknown, weight_of
+from medlora.generate.cache import BLOCK, Cache, free_bytes
+from medlora.generate.weights import FEW, Choice, Nf4, Norm, Projection, Unknown, half, weight_of
 from medlora.kernels.attention import Documents, Tails, attention, flash_takes, tail_attention
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.rope import rope_
@@ -82,8 +82,11 @@ class Decoder:
         self.scale: float = attn.scaling
         self.context: int = config.max_position_embeddings
         with torch.inference_mode(False), torch.no_grad():
+            size = 2 * sum(parameter.numel() for parameter in causal.parameters())
+            self.few = self.device.type == "cpu" and self.dtype != torch.float32 and size < free_bytes(self.device) / 8
             self.layers = [self._layer(layer) for layer in self.model.layers]
             self.head = weight_of([causal.lm_head], self.dtype)
+            self.few_head = half([causal.lm_head], None) if self.few else None
         self.projections = [p for layer in self.layers for p in layer if isinstance(p, Projection)]
         alike: dict[str, Tensor] = {}
         for p in self.projections:  # layers that scale alike look up the same table
@@ -92,7 +95,7 @@ class Decoder:
 
     def _layer(self, layer: Any) -> Layer:
         def project(*modules: Any, gated: bool = False) -> Projection:
-            return Projection(modules, self.adapters, self.dtype, gated=gated)
+            return Projection(modules, self.adapters, self.dtype, gated=gated, few=self.few)
 
         attn, mlp = layer.self_attn, layer.mlp
         return Layer(
@@ -124,6 +127,12 @@ class Decoder:
             x = layer.o(heads, choice, residual=x)
             x = layer.down(layer.gate_up(x, choice, norm=layer.post_norm), choice, residual=x)
         return rms_norm(x, *_norm(self.model.norm))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, V] float32 of what a pass gives."""
+        if self.few_head and len(hidden) <= FEW:
+            return self.few_head(hidden.float())
+        return self.head(hidden).float()
 
     def keep(self, free: int) -> None:
         """Dequantise NF4 weights for good, if that takes no more than half of `free` bytes: for many rows a step."""

@@ -80,7 +80,7 @@ class Engine:
 
     def _step(self, tokens: Tensor, spans: Sequence[Span], slots: Sequence[int]) -> Tensor:
         hidden = self.decoder(tokens, Pass(self.decoder, spans, slots), self.cache)
-        return self.decoder.head(hidden).float()
+        return self.decoder.logits(hidden)
 
     def _row(self, index: int, request: Request) -> Row:
         known, settings = self.decoder.adapters, request.settings

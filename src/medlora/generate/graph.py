@@ -104,7 +104,7 @@ class Steps:
         return run()[: len(tokens)]
 
     def _run(self, single: Single) -> Tensor:
-        return self.decoder.head(self.decoder(single.tokens, single, self.cache)).float()
+        return self.decoder.logits(self.decoder(single.tokens, single, self.cache))
 
     def _capture(self, single: Single) -> Callable[[], Tensor]:
         if not self.graphs:

@@ -3,7 +3,8 @@
 A decoded token reads every weight once, so bytes are time. On a GPU the 4-bit codes are what is read. On a CPU a
 float32 product of one row runs at the speed of memory on one core; weights that half precision holds as they are
 (NF4 values and anything that came from bfloat16, which is to say nearly every base) are kept in float16 and multiplied
-in float32 by FBGEMM, which halves the bytes and uses every core. The sums stay float32.
+in float32 by FBGEMM, which halves the bytes and uses every core. The sums stay float32. It takes half the time of a
+bfloat16 product of few rows too, so a CPU with those keeps both forms of a small model.
 
 Codes, plain weights and adapters that nobody trains are laid side by side once, and the modules' own tensors become
 views of that: no second copy.
@@ -15,6 +16,7 @@ Shapes: T rows, D inputs, N outputs of a product; S adapters, G modules, R the l
 # torch leaves Tensor.split untyped
 # mypy: allow-untyped-calls
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +28,7 @@ from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_line
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
 
+FEW = 8  # rows, up to which float16 weights beat bfloat16 products on a CPU
 LEAN = 2**24  # weights dequantised at a time where memory is short: 32 MiB in 16 bits
 Norm = tuple[Tensor, float]
 """Weight [D] and epsilon of an RMSNorm."""
@@ -110,18 +113,20 @@ def weight_of(bases: Sequence[Any], dtype: torch.dtype) -> Weight:
             return Nf4(bases, bias, dtype)
         except ValueError as error:
             raise Unknown(str(error)) from None
+    packed = half(bases, bias) if dtype == torch.float32 else None
+    if packed:
+        return packed
     for base in bases:
         if type(base) is not nn.Linear or base.weight.dtype != dtype:
             raise Unknown(f"{type(base).__name__} in {base.weight.dtype} is neither NF4 nor a plain {dtype} weight")
-    return half(bases, bias) or Dense(side_by_side(bases), bias)
+    return Dense(side_by_side(bases), bias)
 
 
 def half(bases: Sequence[Any], bias: Tensor | None) -> Half | None:
     """Packed float16, where a CPU has the product and no weight moves by more than the rounding of the largest."""
-    weight = bases[0].weight
-    if weight.is_cuda or weight.dtype != torch.float32 or "fbgemm" not in torch.backends.quantized.supported_engines:
+    if bases[0].weight.is_cuda or "fbgemm" not in torch.backends.quantized.supported_engines:
         return None
-    whole = torch.cat([base.weight.data for base in bases])
+    whole = torch.cat([base.weight.data for base in bases]).float()
     error = (whole.half().float() - whole).abs_().max()
     if not error <= whole.abs().max() * 2**-24:
         return None
@@ -167,15 +172,28 @@ class Projection:
 
     f is a norm where one is given; with `gated` the modules are gate and up, and silu(gate) * up comes out.
 
+    Args:
+        few: whether up to `FEW` rows go through float32 and weights of their own in `Half`, where those are exact.
+
     Raises:
         Unknown: as `weight_of`, or an adapter that is a variant of LoRA or is merged.
     """
 
     def __init__(
-        self, modules: Sequence[Any], names: Sequence[str], dtype: torch.dtype, *, gated: bool = False
+        self,
+        modules: Sequence[Any],
+        names: Sequence[str],
+        dtype: torch.dtype,
+        *,
+        gated: bool = False,
+        few: bool = False,
     ) -> None:
         bases = [getattr(module, "base_layer", module) for module in modules]
         self.weight, self.gated = weight_of(bases, dtype), gated
+        self.few: Projection | None = None
+        if few:
+            with suppress(Unknown):
+                self.few = Projection(modules, names, torch.float32, gated=gated)
         sizes, device = [base.out_features for base in bases], bases[0].weight.device
         found = [[_lora(module, name) for module in modules] for name in names]
         S, G = len(names), len(modules)
@@ -214,6 +232,10 @@ class Projection:
         if isinstance(self.weight, Nf4) and self.weight.reads_codes(x):
             terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
             return nf4_linear(x, self.weight.codes, terms, norm=norm, gated=self.gated, residual=residual)
+        if self.few and len(x) <= FEW:
+            wide = x.float() if norm is None else F.rms_norm(x.float(), x.shape[1:], norm[0].float(), norm[1])
+            y = self.few(wide, choice).to(x.dtype)
+            return y if residual is None else residual.add_(y)
         x = rms_norm(x, *norm) if norm else x
         if adapted and self.wide is not None:
             y, h_TR = F.linear(x, self.wide).tensor_split([sum(self.sizes)], 1)
@@ -227,7 +249,7 @@ class Projection:
 
     def _add(self, y: Tensor, h_TR: Tensor, choice: Choice) -> None:
         h_TR *= choice.rows_of(self.factors)
-        if self.batched:
+        if self.batched and len(y) > FEW:
             shape = len(self.sizes), -1
             y_GTN, h_GTR = (t.unflatten(1, shape).transpose(0, 1)[self.batched] for t in (y, h_TR))
             y_GTN.baddbmm_(h_GTR, self.b[0].unflatten(0, shape)[self.batched].transpose(1, 2))
@@ -254,6 +276,8 @@ class Projection:
         for to, master in self.copies:
             to.copy_(master.detach())
         self._refresh_wide()
+        if self.few:
+            self.few.refresh()
 
 
 def _every_nth(loras: "Sequence[_Lora | None]", sizes: Sequence[int], R: int) -> slice | None:
