@@ -10,12 +10,14 @@ from medlora.kernels import reference
 from medlora.kernels.nf4_linear import Config, Cut, LoraTerms, NF4Weights, choose_config, nf4_linear
 
 
-def quantised(sizes, D, device, double=False):
-    """NF4Weights, and the same weights in fp32 from bitsandbytes, module by module."""
+def quantised(sizes, D, device, double=False, stored=torch.float32):
+    """NF4Weights, and the same weights in fp32 from bitsandbytes, module by module; scales that `stored` holds."""
     made = [
         bnb.quantize_4bit(torch.randn(N, D).div(D**0.5).to(device), quant_type="nf4", compress_statistics=double)
         for N in sizes
     ]
+    for _, state in made if stored != torch.float32 else ():
+        state.absmax = state.absmax.to(stored).float()
     return NF4Weights.of(*zip(*made, strict=True)), [bnb.dequantize_4bit(*each) for each in made]
 
 
@@ -29,10 +31,8 @@ def adapters(sizes, D, slots, dtype, device, ranks=(16, 5)):
     return LoraTerms.stack(parts, sizes, D, torch.tensor(slots, dtype=torch.int32, device=device), dtype), parts
 
 
-def held(x, weights):
+def held(weights):
     """The weights as a GPU's kernels hold them beside bfloat16: scales in fp32, the table's values rounded."""
-    if not (x.is_cuda and x.dtype == torch.bfloat16):
-        return weights
     blocks = [w.view(-1, 64) for w in weights]
     scales = [block.abs().amax(1, keepdim=True) for block in blocks]
     return [
@@ -43,7 +43,7 @@ def held(x, weights):
 
 def expected(x, weights, terms=None, slots=(), norm=None, gated=False, residual=None):
     """Row by row and module by module in fp32, with what the kernel holds in x's dtype rounded to it."""
-    weights = held(x, weights)
+    weights = held(weights) if x.is_cuda and x.dtype == torch.bfloat16 else weights
     if norm is not None:
         x = torch.nn.functional.rms_norm(x.float(), x.shape[1:], eps=norm[1]).to(x.dtype) * norm[0]
     rows = []
@@ -83,11 +83,8 @@ def test_product(M, sizes, D, double, dtype, device, close):
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("M", "sizes", "D"), [(1, (64, 32), 512), (3, (48,), 192)])
 def test_scales_in_16_bits_give_the_bits_of_fp32(M, sizes, D, stored, dtype, device):
-    made = [bnb.quantize_4bit(torch.randn(N, D).to(device), quant_type="nf4") for N in sizes]
-    assert NF4Weights.of(*zip(*made, strict=True)).absmax.dtype == torch.float32
-    for _, state in made:
-        state.absmax = state.absmax.to(stored).float()
-    weights = NF4Weights.of(*zip(*made, strict=True))
+    assert quantised(sizes, D, device)[0].absmax.dtype == torch.float32, "they do not fit"
+    weights, _ = quantised(sizes, D, device, stored=stored)
     assert weights.absmax.dtype == stored
     x = torch.randn(M, D, device=device).to(dtype)
     assert torch.equal(nf4_linear(x, weights), nf4_linear(x, replace(weights, absmax=weights.absmax.float())))
@@ -264,13 +261,8 @@ def test_every_cut_of_one_row(cut, stored, close):
         ((5504, 5504), 2048, (64, 64), True),
         ((48, 48), 768, (600, 1), True),
     ):
-        weights, plain = quantised(sizes, D, "cuda")
-        absmax = weights.absmax.to(stored)
-        plain = [
-            w * (to.float() / of).repeat_interleave(64).view_as(w)
-            for w, to, of in zip(plain, absmax.split(sizes), weights.absmax.split(sizes), strict=True)
-        ]
-        weights = replace(weights, absmax=absmax)
+        weights, plain = quantised(sizes, D, "cuda", stored=stored)
+        assert weights.absmax.dtype == stored
         x = torch.randn(1, D, device="cuda").bfloat16()
         norm = torch.rand(D, device="cuda").bfloat16(), 1e-5
         for slot in (0, 1, -1):

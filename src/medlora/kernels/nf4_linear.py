@@ -450,7 +450,7 @@ def nf4_linear(
     _check(x, weights, lora, gated, residual, out)
     if not use_triton(x):
         return out.copy_(_plain(x, weights, lora, norm, gated, residual))
-    cut = config if isinstance(config, Cut) else choose_cut(x, lora is not None, norm) if config is None else None
+    cut = config if isinstance(config, Cut) else choose_cut(x, norm) if config is None else None
     kernel = _table_kernel(x, weights, lora, norm, gated, residual, cut) if cut else None
     if cut and kernel:
         _table_product(kernel, cut, x, weights, lora, norm, gated, residual, out)
@@ -502,7 +502,7 @@ class Cut(NamedTuple):
     """One row in one launch."""
 
 
-def choose_cut(x: Tensor, adapted: bool, norm: tuple[Tensor, float] | None) -> Cut | None:
+def choose_cut(x: Tensor, norm: tuple[Tensor, float] | None) -> Cut | None:
     """By `bench/kernels_decode.py`; None where nf4_linear.cu does not serve.
 
     It does in bfloat16, with D a multiple of 256, from compute capability 8.0 on.
@@ -511,7 +511,7 @@ def choose_cut(x: Tensor, adapted: bool, norm: tuple[Tensor, float] | None) -> C
     if not x.is_cuda or x.dtype != torch.bfloat16 or D % 256 or torch.cuda.get_device_capability(x.device) < (8, 0):
         return None
     aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (x, norm[0] if norm else x))
-    return Cut(1 if M > 8 else 2 if M > 4 or adapted else 3, one=M == 1 and aligned)
+    return Cut(1 if M > 8 else 2, one=M == 1 and aligned)
 
 
 def _table_kernel(

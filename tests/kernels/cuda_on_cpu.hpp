@@ -1,0 +1,101 @@
+// What nf4_linear.cu asks of CUDA, on a CPU: a thread for every thread, barriers for what a program or a warp does together.
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+using std::min;
+
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct { unsigned x; } thread_local threadIdx, blockIdx, gridDim;
+
+struct Warp {
+  std::barrier<> together{32};
+  float value[32];
+  unsigned a[32][4], b[32][2];
+};
+struct Program {
+  explicit Program(int threads) : together(threads), warps(threads / 32) {}
+  std::barrier<> together;
+  std::vector<Warp> warps;
+  unsigned table[256 * 32];
+  float sums[2 * 16 * 16 * 16], parts[2 * 16];
+  alignas(16) char staged[1 << 16];
+};
+thread_local Program* program;
+thread_local Warp* own_warp;
+
+uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+float reciprocal_root(float x) { return 1 / std::sqrt(x); }
+float exponential(float x) { return std::exp(x); }
+#define rsqrtf reciprocal_root
+#define __expf exponential
+unsigned __byte_perm(unsigned x, unsigned, unsigned picks) {  // of x alone; 4 picks a zero
+  unsigned y = 0;
+  for (int i = 0; i < 4; i++) y |= ((picks >> 4 * i & 7) < 4 ? x >> 8 * (picks >> 4 * i & 7) & 255 : 0) << 8 * i;
+  return y;
+}
+void __syncthreads() { program->together.arrive_and_wait(); }
+void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+void __nanosleep(int) { std::this_thread::yield(); }
+int atomicAdd(int* at, int more) { return __atomic_fetch_add(at, more, __ATOMIC_RELAXED); }
+int arrived(const int* counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
+
+float __shfl_xor_sync(unsigned, float value, int mask) {
+  const int lane = threadIdx.x % 32;
+  own_warp->value[lane] = value;
+  own_warp->together.arrive_and_wait();
+  value = own_warp->value[lane ^ mask];
+  own_warp->together.arrive_and_wait();
+  return value;
+}
+
+uint4 stream(const unsigned char* at) { return *(const uint4*)at; }
+
+unsigned short narrow(float x) {
+  const unsigned bits = std::bit_cast<unsigned>(x);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+float half(unsigned short bits) { return std::bit_cast<_Float16>(bits); }
+
+// mma.m16n8k16: lane 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of each half of a and of c.
+void mma(float (&d)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+  const int lane = threadIdx.x % 32;
+  Warp& w = *own_warp;
+  const unsigned a[] = {a0, a1, a2, a3}, b[] = {b0, b1};
+  std::copy(a, a + 4, w.a[lane]), std::copy(b, b + 2, w.b[lane]);
+  w.together.arrive_and_wait();
+  auto part = [](unsigned two, int k) { return __uint_as_float(k % 2 ? two & 0xffff0000 : two << 16); };
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+    for (int k = 0; k < 16; k++)
+      d[i] += part(w.a[4 * (row % 8) + k % 8 / 2][row / 8 + 2 * (k / 8)], k) * part(w.b[4 * column + k % 8 / 2][k / 8], k);
+  }
+  w.together.arrive_and_wait();
+}
+
+template <class Kernel, class... Arguments>
+void launch(int programs, int threads, Kernel kernel, Arguments... arguments) {
+  std::vector<std::unique_ptr<Program>> all;
+  std::vector<std::thread> running;
+  for (int p = 0; p < programs; p++) all.push_back(std::make_unique<Program>(threads));
+  for (int p = 0; p < programs; p++)
+    for (int i = 0; i < threads; i++)
+      running.emplace_back([=, &all] {
+        program = all[p].get(), own_warp = &program->warps[i / 32];
+        threadIdx.x = i, blockIdx.x = p, gridDim.x = programs;
+        kernel(arguments...);
+      });
+  for (std::thread& each : running) each.join();
+}
