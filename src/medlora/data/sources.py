@@ -60,7 +60,7 @@ def load(data: Data, path: str | None = None) -> Source:
     columns = data.columns
     if path == EMBEDDED and columns == Columns():
         columns = Columns(prompt="Please tell me about {term}", completion="text")
-    for raw in _rows(path, data):
+    for raw in raw_rows(path, data):
         if raw.row is None:
             bad.append(raw)
         else:
@@ -84,7 +84,8 @@ def _judge(path: str, data: Data, records: list[Record], bad: list[Raw]) -> None
         )
 
 
-def _rows(path: str, data: Data) -> Iterator[Raw]:
+def raw_rows(path: str, data: Data) -> Iterator[Raw]:
+    """What a file, a folder or a hub data set holds, line by line, the broken ones among them."""
     place = TERMS if path == EMBEDDED else Path(path).expanduser()
     if place.is_dir():
         xml = sorted(place.rglob("*.xml"))
@@ -104,7 +105,7 @@ def _looks_like_hub_id(path: str) -> bool:
 def _reader(file: Path) -> Callable[[Path], Iterator[Raw]]:
     suffixes = [suffix.lower() for suffix in file.suffixes if suffix.lower() != ".gz"]
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _text}
-    readers |= {".parquet": _parquet, ".xml": _medquad}
+    readers |= {".parquet": parquet_rows, ".xml": _medquad}
     reader = readers.get(suffixes[-1]) if suffixes else None
     if reader is None:
         raise DataError(f"{file}: unknown kind of file; use {', '.join(readers)}, or one of them with .gz")
@@ -118,7 +119,8 @@ def _bytes(file: Path) -> bytes:
         raise DataError(f"{file}: cannot be read: {error}") from None
 
 
-def _decoded(file: Path) -> str:
+def decoded(file: Path) -> str:
+    """The text of a file, also of a .gz. Raises DataError where it is not UTF-8."""
     content = _bytes(file)
     try:
         return content.decode("utf-8-sig")
@@ -149,7 +151,7 @@ def _json_row(where: str, line: bytes) -> Raw:
 
 
 def _json(file: Path) -> Iterator[Raw]:
-    text = _decoded(file)
+    text = decoded(file)
     if not text.strip():
         return
     try:
@@ -166,7 +168,7 @@ def _json(file: Path) -> Iterator[Raw]:
 
 def _csv(file: Path) -> Iterator[Raw]:
     delimiter = "\t" if ".tsv" in file.suffixes else ","
-    reader = csv.reader(io.StringIO(_decoded(file), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(decoded(file), newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     start = 1
     try:
@@ -186,7 +188,7 @@ def _text(file: Path) -> Iterator[Raw]:
     """A record is a block of lines; blank lines stand between records."""
     block: list[str] = []
     start = 1
-    for number, line in enumerate([*_decoded(file).splitlines(), ""], 1):
+    for number, line in enumerate([*decoded(file).splitlines(), ""], 1):
         if line.strip():
             start = start if block else number
             block.append(line)
@@ -195,7 +197,8 @@ def _text(file: Path) -> Iterator[Raw]:
             block = []
 
 
-def _parquet(file: Path) -> Iterator[Raw]:
+def parquet_rows(file: Path) -> Iterator[Raw]:
+    """The rows of a Parquet file. Raises DataError where it is none."""
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medlora.data.prompts import IGNORE, Example, Tokenizer
-from medlora.model.packed import _autocast, _causal, packing, unsupported
+from medlora.model.packed import autocast_of, causal_of, packing, unsupported
 
 ATTENTION = "medlora_shared_prefix"
 TOKENS_PER_ROW = 2048
@@ -111,12 +111,12 @@ def _batches(requests: Sequence[Request], tokens: int) -> Iterator[list[Request]
 
 def _packed_hidden(model: Any, batch: list[Request]) -> Tensor:
     """[T, D] last hidden states of all requests, one after the other."""
-    causal = _causal(model)
+    causal = causal_of(model)
     device = causal.lm_head.weight.device
     ids = torch.tensor([[i for request in batch for i in request.ids]], device=device)
     positions = torch.cat([_positions(request) for request in batch])[None].to(device)
     masks = [_branch_mask(request).to(device) for request in batch]
-    with _autocast(causal.lm_head.weight):
+    with autocast_of(causal.lm_head.weight):
         out = causal.model(
             input_ids=ids, position_ids=positions, use_cache=False, requests=batch, branch_masks=masks
         )  # fmt: skip
@@ -126,7 +126,7 @@ def _packed_hidden(model: Any, batch: list[Request]) -> Tensor:
 
 def _plain_hidden(model: Any, batch: list[Request]) -> Tensor:
     """The same, a branch at a time through the model's own attention."""
-    causal = _causal(model)
+    causal = causal_of(model)
     rows = []
     for request in batch:
         ids = torch.tensor(request.ids, device=model.device)
@@ -141,7 +141,7 @@ def _plain_hidden(model: Any, batch: list[Request]) -> Tensor:
 
 def _log_probs(model: Any, hidden_TD: Tensor, batch: list[Request]) -> list[list[float]]:
     """The head where something is predicted, once a place, whatever the number of options that begin there."""
-    head = _causal(model).lm_head
+    head = causal_of(model).lm_head
     start, wanted = 0, []
     for request in batch:
         wanted += [(start + place, token) for target in request.targets for place, token in target]

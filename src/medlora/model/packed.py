@@ -50,7 +50,7 @@ def unfused(model: Any, fp8: bool = False) -> str | None:
 def _fused(
     model: Any, keep: bool = False, recompute: Recompute = "none", fp8: bool = False, held: int = 0
 ) -> Fused | str:
-    causal = _causal(model)
+    causal = causal_of(model)
     if causal.lm_head.weight.device.type != "cuda":
         return "the fused layers are for a GPU"
     try:
@@ -93,11 +93,11 @@ def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
     `model` is a causal LM of the LLaMA family or a `PeftModel` of one, inside `packing(model)`.
     """
-    causal = _causal(model)
+    causal = causal_of(model)
     head = causal.lm_head.weight
     fused = isinstance(vars(causal.model).get("forward"), Fused)
     target = batch["labels"][0, 1:].to(head.device)
-    with nullcontext() if fused else _autocast(head):
+    with nullcontext() if fused else autocast_of(head):
         hidden = causal.model(
             input_ids=batch["input_ids"].to(head.device),
             position_ids=batch["position_ids"].to(head.device),
@@ -134,12 +134,12 @@ def packing(
         Unfusable: `fuse` is true and the model does not allow it.
     """
     how = (keep, recompute, fp8, held)
-    fused = _fused(model, *how) if fuse is None else Fused(_causal(model), *how) if fuse else "not asked for"
+    fused = _fused(model, *how) if fuse is None else Fused(causal_of(model), *how) if fuse else "not asked for"
     if isinstance(fused, str):
         with _unfused_packing(model):
             yield None
         return
-    decoder = _causal(model).model
+    decoder = causal_of(model).model
     decoder.forward = fused
     try:
         yield fused
@@ -170,7 +170,8 @@ def _unfused_packing(model: Any) -> Iterator[None]:
             del module.forward
 
 
-def _causal(model: Any) -> Any:
+def causal_of(model: Any) -> Any:
+    """The causal LM itself, below an adapter or not."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -210,7 +211,7 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return y if base.bias is None else y + base.bias
 
 
-def _autocast(head: Tensor) -> torch.autocast:
+def autocast_of(head: Tensor) -> torch.autocast:
     """On a GPU PEFT's own layers run, whose float32 adapters need autocast beside a bfloat16 base."""
     on = head.device.type == "cuda" and head.dtype == torch.bfloat16
     return torch.autocast(head.device.type, dtype=torch.bfloat16, enabled=on)

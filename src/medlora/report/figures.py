@@ -7,14 +7,15 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from medlora.evaluate.calibration import Calibration
 from medlora.evaluate.metrics import METRICS
 from medlora.report.run import RunData
+from medlora.train.manifest import BLUE, ORANGE, draw_loss
 
 INK = "#0b0c0d"  # stands for the colour of the text
-BLUE, ORANGE = "#3b7dd8", "#d9730d"
 SIDE_COLOURS = {"untuned": ORANGE, "tuned": BLUE}
 WIDTH = 5.0  # inches: on a phone, letters of 10 points stay as large
 Draw = Callable[[Any], None]
@@ -35,7 +36,11 @@ def figures(run: RunData) -> list[Figure]:
     steps = [entry for entry in run.history if "loss" in entry]
     found = []
     if steps:
-        found.append(_make(run, "loss", "Training loss by step, in nats a token.", _loss(steps, held)))
+        found.append(
+            _make(
+                run, "loss", "Training loss by step, in nats a token.", partial(draw_loss, entries=steps, held_out=held)
+            )
+        )
         found.append(_make(run, "learning_rate", "Learning rate by step.", _rate(steps)))
     rows = forest_rows(run.summary)
     if rows:
@@ -65,19 +70,6 @@ def forest_rows(summary: dict[str, Any] | None) -> list[tuple[str, float, float,
             low, high = sorted((gap["low"] * scale, gap["high"] * scale))
             rows.append((f"{task}: {metric.label}", gap["value"] * scale, low, high))
     return rows
-
-
-def _loss(steps: list[dict[str, Any]], held: dict[str, float]) -> Draw:
-    def draw(axes: Any) -> None:
-        axes.plot(
-            [s["step"] for s in steps], [s["loss"] for s in steps], color=BLUE, marker="o", ms=3, label="training"
-        )
-        for (name, loss), style in zip(held.items(), ("--", "-"), strict=False):
-            axes.axhline(loss, color=ORANGE, linestyle=style, label=f"held out, {name}: {loss:.3f}")
-        axes.set(xlabel="step", ylabel="loss (nats a token)")
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # above, where no curve runs
-
-    return draw
 
 
 def _rate(steps: list[dict[str, Any]]) -> Draw:

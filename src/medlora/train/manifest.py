@@ -26,6 +26,7 @@ PACKAGES = (
     "triton",
 )
 NAME = "manifest.json"
+BLUE, ORANGE = "#3b7dd8", "#d9730d"
 
 
 def versions() -> dict[str, str | None]:
@@ -86,19 +87,25 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def draw_loss(axes: Any, entries: list[dict[str, Any]], held_out: dict[str, float]) -> None:
+    """Training loss by step, with the held-out losses before and after as level lines, onto matplotlib axes."""
+    axes.plot(
+        [e["step"] for e in entries], [e["loss"] for e in entries], color=BLUE, marker="o", ms=3, label="training"
+    )
+    for (name, loss), style in zip(held_out.items(), ("--", "-"), strict=False):
+        axes.axhline(loss, color=ORANGE, linestyle=style, label=f"held out, {name}: {loss:.3f}")
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))  # above, where no curve runs
+
+
 def plot_loss(folder: Path, held_out: dict[str, float]) -> None:
-    """loss.png: training loss by step, with the held-out losses before and after as level lines."""
+    """`draw_loss` as loss.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    entries = history(folder)
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot([e["step"] for e in entries], [e["loss"] for e in entries], marker="o", ms=3, label="training")
-    for (name, loss), style in zip(held_out.items(), ("--", "-"), strict=False):
-        axes.axhline(loss, color="tab:gray", linestyle=style, linewidth=1, label=f"held out, {name}: {loss:.3f}")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=folder.name)
-    axes.legend()
+    draw_loss(axes, history(folder), held_out)
     figure.savefig(folder / "loss.png", dpi=130)
     plt.close(figure)

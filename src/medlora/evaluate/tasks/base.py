@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medlora.data.prompts import IGNORE, Example, Tokenizer, encode, fit
-from medlora.data.sources import Record, _decoded, _parquet
+from medlora.data.sources import Record, decoded, parquet_rows
 from medlora.errors import DataError
 from medlora.recipe import Recipe
 
@@ -114,8 +114,8 @@ def read_rows(file: Path) -> list[tuple[str, Row]]:
     if not file.is_file():
         raise DataError(f"{file}: no such file; give --data TASK=PATH")
     if ".parquet" in file.suffixes:
-        return [(raw.where, raw.row or {}) for raw in _parquet(file)]
-    text = _decoded(file)
+        return [(raw.where, raw.row or {}) for raw in parquet_rows(file)]
+    text = decoded(file)
     try:
         whole = json.loads(text)
     except json.JSONDecodeError as error:
@@ -145,7 +145,7 @@ def _object(where: str, row: Any) -> Row:
 
 def read_csv(file: Path) -> list[tuple[str, list[str]]]:
     """(where, cells) of a CSV without a header. Raises DataError where it cannot be read."""
-    reader = csv.reader(io.StringIO(_decoded(file), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(decoded(file), newline=""), strict=True)
     try:
         return [(f"{file}:{reader.line_num}", cells) for cells in reader if cells]
     except csv.Error as error:

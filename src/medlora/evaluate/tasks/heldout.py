@@ -7,7 +7,7 @@ The rows are those that training held out (the recipe's `valid_path`, or its pin
 from pathlib import Path
 
 from medlora.data.build import read_records
-from medlora.data.sources import TERMS, Record, _rows, load
+from medlora.data.sources import TERMS, Record, load, raw_rows
 from medlora.errors import DataError
 from medlora.evaluate.tasks.base import Passage, Task, make_task
 from medlora.recipe import EMBEDDED, Recipe
@@ -40,7 +40,7 @@ def _held_out(recipe: Recipe, source: str | None) -> tuple[list[Passage], str]:
         raise DataError(
             f"{name}: the run held no rows out; give some with --data heldout=FILE, in the recipe's columns"
         )
-    rows = {raw.where: raw.row or {} for raw in _rows(name, recipe.data)}
+    rows = {raw.where: raw.row or {} for raw in raw_rows(name, recipe.data)}
     root = str(TERMS if name == EMBEDDED else Path(name).expanduser())
     grouped = bool(recipe.data.group)
     return [Passage(_id(r.where, root), r, _group(r, rows.get(r.where, {}), grouped)) for r in records], name
