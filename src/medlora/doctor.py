@@ -56,7 +56,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "only the packed engine plans its memory; it takes bases of the LLaMA family and engine: auto"
         )
     width = compute_dtype(recipe.base, on).itemsize
-    work = Work.of(recipe, prepared.corpus.train, width=width, on_gpu=on.type == "cuda")
+    host = psutil.virtual_memory().available
+    work = Work.of(recipe, prepared.corpus.train, width=width, on_gpu=on.type == "cuda", host=host)
     capacity = capacity_of(recipe, free_bytes(on))
     chosen = choose(plans(Shape.of(config), work), capacity)
     return {"recipe": recipe.name, "line": chosen.describe(capacity), "capacity_bytes": capacity} | asdict(chosen)

@@ -1,5 +1,6 @@
 """The memory plan: its counts are a real model's, its peaks those that were measured, its choice the recipe's."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -66,6 +67,17 @@ def test_the_fastest_that_fits_is_chosen() -> None:
         assert not any(p.fits(gib * GIB) and p.seconds < plan.seconds for p in found)
     least = choose(found, GIB)
     assert least.peak_bytes == min(plan.peak_bytes for plan in found) and "may not fit" in least.describe(GIB)
+
+
+def test_a_small_host_takes_fewer_inputs() -> None:
+    found = {gib: plans(LLAMA, replace(work(*ALL_LINEAR), host=gib * GIB)) for gib in (64, 10, 1)}
+    longest = {
+        gib: max((p.row_tokens for p in all_ if p.recompute == "offload"), default=0) for gib, all_ in found.items()
+    }
+    assert longest == {64: 16384, 10: 8192, 1: 0}  # 63 inputs of 128 MiB and an embedding of 256 in half of 64, of 10
+    assert all(any(p.recompute == "full" for p in all_) for all_ in found.values())
+    grown = choose([p for p in found[10] if p.recompute == "offload"], 40 * GIB)
+    assert grown.row_tokens == 8192
 
 
 def test_memory_left_over_holds_layers() -> None:

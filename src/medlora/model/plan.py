@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from medlora.data.prompts import Example
+from medlora.kernels.dispatch import next_power_of_2
 from medlora.model.fused import ROUND, Recompute
 from medlora.recipe import Recipe
 
@@ -111,13 +112,24 @@ class Work:
     width: int = 2
     """Bytes of the compute dtype."""
     on_gpu: bool = True
+    host: float = math.inf
+    """Bytes of host memory that are free."""
 
     @classmethod
-    def of(cls, recipe: Recipe, train: Sequence[Example] = (), *, width: int = 2, on_gpu: bool = True) -> "Work":
+    def of(
+        cls,
+        recipe: Recipe,
+        train: Sequence[Example] = (),
+        *,
+        width: int = 2,
+        on_gpu: bool = True,
+        host: float = math.inf,
+    ) -> "Work":
         """The largest step that the rows can make; without rows, one of rows of full length."""
         samples = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
         lengths = sorted((len(row.input_ids) for row in train), reverse=True) or [recipe.data.max_length] * samples
-        return cls(recipe=recipe, tokens=sum(lengths[:samples]), longest=lengths[0], width=width, on_gpu=on_gpu)
+        tokens, longest = sum(lengths[:samples]), lengths[0]
+        return cls(recipe=recipe, tokens=tokens, longest=longest, width=width, on_gpu=on_gpu, host=host)
 
     @property
     def samples(self) -> int:
@@ -217,6 +229,14 @@ def _token_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
     return kept + at_mlp
 
 
+def host_bytes(shape: Shape, work: Work, row_tokens: int) -> int:
+    """Pinned memory of `offload`: the inputs of all halves but the last, and the embedding. torch gives out powers of
+    two."""
+    each = next_power_of_2(row_tokens * shape.hidden * work.width)
+    embedding = 0 if shape.tied else next_power_of_2(shape.vocab * shape.hidden * work.width)
+    return (2 * shape.layers - 1) * each + embedding
+
+
 def _layer_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
     """Bytes that a layer keeps of a token for its backward pass."""
     D, F = shape.hidden, shape.intermediate
@@ -291,6 +311,8 @@ def plans(shape: Shape, work: Work) -> list[Plan]:
         predict(shape, work, rows, recompute, keep, optim)
         for rows in cuts for recompute in allowed for keep in keeps for optim in _optims(work)
     ]  # fmt: skip
+    possible = [p for p in found if p.recompute != "offload" or host_bytes(shape, work, p.row_tokens) <= work.host / 2]
+    found = possible or found
     return sorted(found, key=lambda plan: (plan.seconds, plan.peak_bytes))
 
 
@@ -307,7 +329,8 @@ def choose(found: Sequence[Plan], capacity: int) -> Plan:
     fitting = [plan for plan in found if plan.fits(capacity)]
     if not fitting:
         return min(found, key=lambda plan: plan.peak_bytes)
-    return fitting[0].grown(capacity, max(plan.row_tokens for plan in found)).holding(capacity)
+    longest = max(plan.row_tokens for plan in found if plan.recompute == fitting[0].recompute)
+    return fitting[0].grown(capacity, longest).holding(capacity)
 
 
 def fall_back(found: Sequence[Plan], plan: Plan) -> Plan | None:

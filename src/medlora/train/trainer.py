@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
@@ -63,7 +64,8 @@ def choose_engine(model: Any, recipe: Recipe, train: Sequence[Example] = ()) -> 
     if slower:
         on_gpu = model.device.type == "cuda"
         return Engine(True, f"{why}; Transformers' layers rather than fused ones, since {slower}" if on_gpu else why)
-    work = Work.of(recipe, train, width=model.get_input_embeddings().weight.element_size())
+    width, host = model.get_input_embeddings().weight.element_size(), psutil.virtual_memory().available
+    work = Work.of(recipe, train, width=width, host=host)
     return Engine(True, why, tuple(plans(Shape.of(model.config), work)), fp8, _capacity(recipe, model.device))
 
 
