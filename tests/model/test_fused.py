@@ -13,6 +13,7 @@ from medlora.kernels import reference as plain
 from medlora.model import fused as fused_module
 from medlora.model.fused import Fused
 from medlora.model.group import Group, Unfusable
+from medlora.model.offload import Offload
 from medlora.model.packed import pack, packed_loss, packing
 
 CASES: dict[str, Callable[[], Any]] = {
@@ -87,9 +88,8 @@ def test_a_seed_decides_the_dropout(dropping: Any) -> None:
     assert seeded(dropping, 3)[0] == seeded(dropping, 4)[0]
 
 
-@pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"]], ids=["all", "qv"])
-@pytest.mark.parametrize("held", [0, 1])
-@pytest.mark.parametrize("way", ["selective", "full", "offload"])
+@pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"], ["down_proj"], ["o_proj"]], ids="_".join)
+@pytest.mark.parametrize(("way", "held"), [("selective", 0), ("full", 0), ("full", 2), ("offload", 0), ("offload", 1)])
 def test_what_is_recomputed_gives_the_same_gradients(way: Any, held: int, targets: list[str]) -> None:
     model, batch = make(targets, lora={"lora_dropout": 0.3}), pack(documents())
 
@@ -106,7 +106,26 @@ def test_what_is_recomputed_gives_the_same_gradients(way: Any, held: int, target
     assert all(torch.equal(same[name], grad) for name, grad in grads.items())
 
 
-def saved_bytes(model: Any, recompute: Any) -> int:
+def test_rows_of_one_step_keep_their_inputs_apart() -> None:
+    """Two rows before either's backward pass, and one whose backward pass broke off before."""
+    model, batches = make(), [pack(documents(lengths)) for lengths in ((40, 60), (30, 50))]
+    with packing(model, fuse=True):
+        for batch in batches:
+            packed_loss(model, batch)[0].backward()
+    expected = gradients(model)
+    with packing(model, fuse=True, recompute="offload"):
+        broken = packed_loss(model, batches[0])[0]
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(Offload, "fetch", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+            broken.backward()
+        model.zero_grad()
+        losses = [packed_loss(model, batch)[0] for batch in batches]
+        for loss in losses:
+            loss.backward()
+    assert_equal(gradients(model), expected)
+
+
+def saved_bytes(model: Any, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that autograd holds between forward and backward, outside of the host's copies."""
     held: dict[int, int] = {}
 
@@ -115,9 +134,9 @@ def saved_bytes(model: Any, recompute: Any) -> int:
         return x
 
     sent: list[Tensor] = []
+    send = Offload.send
+    monkeypatch.setattr(Offload, "send", lambda self, x: (sent.append(x), send(self, x))[1])
     with packing(model, fuse=True, recompute=recompute) as fused:
-        original = fused.offload.send
-        fused.offload.send = lambda x: (sent.append(x), original(x))[1]  # type: ignore[method-assign]
         with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda x: x):
             loss = packed_loss(model, pack(documents((128,))))[0]
         loss.backward()
@@ -126,9 +145,9 @@ def saved_bytes(model: Any, recompute: Any) -> int:
     return sum(held.values())
 
 
-def test_a_recomputed_layer_keeps_its_input_and_an_offloaded_one_nothing() -> None:
+def test_a_recomputed_layer_keeps_its_input_and_an_offloaded_one_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
-    kept = {way: saved_bytes(model, way) for way in ("none", "full", "offload")}
+    kept = {way: saved_bytes(model, way, monkeypatch) for way in ("none", "full", "offload")}
     assert kept["offload"] < kept["full"] < kept["none"]
 
 

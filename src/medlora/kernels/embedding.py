@@ -31,7 +31,7 @@ def gather_rows(table: Tensor, ids: Tensor) -> Tensor:
         ids: [T] int64, in [0, V).
     """
     if not use_triton(ids):
-        return embedding(ids, table)
+        return embedding(ids.to(table.device), table).to(ids.device)
     y = table.new_empty(len(ids), table.shape[1], device=ids.device)
     _gather_kernel[(len(ids),)](table, ids, y, table.shape[1], BLOCK=next_power_of_2(table.shape[1]), num_warps=4)
     return y

@@ -57,6 +57,7 @@ class Row(NamedTuple):
     documents: Documents
     seed: int
     dropping: bool
+    offload: Offload
 
 
 class Fused:
@@ -80,7 +81,8 @@ class Fused:
         self.head: Tensor = causal.lm_head.weight
         self.recompute: Recompute = recompute
         self.dtype: torch.dtype = self.model.embed_tokens.weight.dtype
-        if type(self.model.embed_tokens) is not nn.Embedding:
+        embedding = self.model.embed_tokens
+        if type(embedding) is not nn.Embedding or embedding.weight.requires_grad:
             raise Unfusable("the embedding is trained or adapted")
         if config.hidden_act != "silu":
             raise Unfusable(f"its activation is {config.hidden_act}, not silu")
@@ -95,7 +97,7 @@ class Fused:
         layer = self.model.layers[0]
         head_size = layer.self_attn.head_dim
         self.heads = (config.num_attention_heads, config.num_key_value_heads, head_size)
-        self.offload = Offload()
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._plan()
 
     def _plan(self) -> None:
@@ -140,6 +142,7 @@ class Fused:
         """`last_hidden_state` [1, T, D] after the final norm; input_ids and position_ids [1, T]."""
         if self.state != _adapter_state(self.layers):  # adapters switched on or off since
             self._plan()
+        self._place_embedding()  # accelerate brings a base without 4-bit weights back whole
         if self.masters:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, self.masters)
@@ -154,7 +157,7 @@ class Fused:
         cos, sin = self.model.rotary_emb(x[None], position_ids)
         # above 2^32, so that the kernel is compiled for one width of seeds
         seed = int(torch.randint(2**32, 2**62, ()))
-        return Row(Documents.of(cos[0], sin[0], borders), seed, self.model.training)
+        return Row(Documents.of(cos[0], sin[0], borders), seed, self.model.training, Offload(self.stream))
 
     def _layers(self, x: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
         """(what the last layer adds, the residual it adds to)."""
@@ -163,7 +166,6 @@ class Fused:
         way = ways.get(self.recompute, self._layer) if torch.is_grad_enabled() else self._layer
         # the last layer's backward pass comes next: computing it again would free nothing
         held = 0 if self.recompute == "selective" else max(self.held, self.recompute == "full")
-        self.offload.start()
         for index in range(len(self.groups)):
             layer = self._layer if index >= len(self.groups) - held else way
             x, residual = layer(x, residual, row, index)
@@ -203,10 +205,10 @@ class Fused:
             partial(self._attention, row, index),
             partial(self._mlp, row, index),
         )
-        x, residual = self._recomputed(x, residual, layer.input_layernorm, attend, self.offload)
+        x, residual = self._recomputed(x, residual, layer.input_layernorm, attend, row.offload)
         if index == len(self.groups) - 1:  # as for a last layer
             return self._mlp(row, index, *_norm(x, residual, layer.post_attention_layernorm))
-        return self._recomputed(x, residual, layer.post_attention_layernorm, mlp, self.offload)
+        return self._recomputed(x, residual, layer.post_attention_layernorm, mlp, row.offload)
 
     def _recomputed(self, x: Tensor, residual: Tensor | None, *what: Any) -> tuple[Tensor, Tensor]:
         trained = self.masters[0] if self.masters else None  # the first layer's input asks for no gradient

@@ -14,23 +14,20 @@ from torch import Tensor
 
 
 class Offload:
-    """What one row has sent to the host."""
+    """What one row has sent to the host.
 
-    def __init__(self) -> None:
+    Args:
+        stream: that copies run on; None on a CPU.
+    """
+
+    def __init__(self, stream: Any) -> None:
         self.host: list[Tensor] = []
         self.back: dict[int, tuple[Tensor, Any]] = {}
         """Tensors on their way to the device, by their place in `host`, each with the event of its arrival."""
-        self.stream: Any = None
-
-    def start(self) -> None:
-        """A new row: what a broken one may have left is forgotten."""
-        self.host.clear()
-        self.back.clear()
+        self.stream = stream
 
     def send(self, x: Tensor) -> int:
         """Copy x to the host; what `fetch` takes to bring it back."""
-        if x.is_cuda and self.stream is None:
-            self.stream = torch.cuda.Stream(x.device)
         host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
         if x.is_cuda:
             self.stream.wait_stream(torch.cuda.current_stream(x.device))

@@ -26,6 +26,7 @@ CHUNK = 1024  # rows of logits at once
 SLACK = 1.04  # what the allocator holds beyond what it has given out
 PROCESS = 0.7e9  # the interpreter and its libraries, which share a CPU's memory
 FLOPS, BANDWIDTH = 6.5e14, 3.4e12  # of products, and bytes a second
+MULTIPROCESSORS = 132  # of an H100 or H200
 HOST, ROW = 0.1, 0.01  # seconds that the host spends on a row, and that a further row costs at least
 STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
 """Bytes of optimizer state a weight on the device."""
@@ -189,7 +190,7 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     cut = max(work.longest, -(-work.tokens // rows))
     tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
-    token = _token_bytes(shape, work, recompute)
+    token = _token_bytes(shape, work, recompute, tokens)
     seconds = _seconds(shape, work, rows, recompute, keep, optim)
     # as for the base: who asks for recomputation gets it in every layer
     free = work.on_gpu and recompute in ("full", "offload") and work.recipe.training.gradient_checkpointing is not True
@@ -218,10 +219,10 @@ def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str) -
     return trained * (4 + STATE[optim] + copies + late) + work.width * CHUNK * shape.vocab
 
 
-def _token_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
+def _token_bytes(shape: Shape, work: Work, recompute: Recompute, tokens: int) -> float:
     kept = shape.layers * _layer_bytes(shape, work, recompute)
     attention, mlp = _half_bytes(shape, work)
-    at_attention, at_mlp = _work_bytes(shape, work, recompute)
+    at_attention, at_mlp = _work_bytes(shape, work, recompute, tokens)
     if recompute == "offload":  # a half at a time, and the input of the next on the device
         return max(attention + at_attention, mlp + at_mlp) + work.width * shape.hidden
     if recompute == "full":
@@ -268,15 +269,20 @@ def _half_bytes(shape: Shape, work: Work) -> tuple[float, float]:
     return work.width * attention + 4 * shape.heads + 4, work.width * mlp + 4
 
 
-def _work_bytes(shape: Shape, work: Work, recompute: Recompute) -> tuple[float, float]:
-    """Bytes a token that the backward passes of attention and MLP have at work. Attention: gradients of its output,
-    of the sum, of q, k and v. MLP: that of SwiGLU's output, once more before dropout, that of the sum, and what is made
-    again."""
+def _work_bytes(shape: Shape, work: Work, recompute: Recompute, tokens: int) -> tuple[float, float]:
+    """Bytes a token that the backward passes of attention and MLP have at work in a row of `tokens`. Attention:
+    gradients of its output, of the sum, of q, k and v, and dq in float32 once for each share of a document that the
+    flash kernel adds up in order, for grouped heads k's and v's of every query head. MLP: that of SwiGLU's output, once
+    more before dropout, that of the sum, and what is made again."""
     lora, m = work.recipe.lora, shape.modules
     twice = lora.lora_dropout > 0 and "down_proj" in shape.targets(lora.target_modules)
     F = shape.intermediate * (1 + twice + 2 * (recompute == "selective"))
-    qkv = m["q_proj"][0] + 2 * m["k_proj"][0]
-    return work.width * (m["o_proj"][1] + qkv + 2 * shape.hidden), work.width * (F + 2 * shape.hidden)
+    heads, kv = m["o_proj"][1], 2 * m["k_proj"][0]
+    documents = max(1, tokens // work.longest)
+    ordered = 4 * heads * -(-MULTIPROCESSORS // (documents * shape.heads))
+    grouped = 2 * heads * (shape.heads != shape.kv_heads)
+    attention = work.width * (2 * heads + kv + grouped + 2 * shape.hidden) + ordered
+    return attention, work.width * (F + 2 * shape.hidden)
 
 
 def _seconds(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> float:
