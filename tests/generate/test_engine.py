@@ -119,7 +119,7 @@ def test_few_rows_on_a_cpu_in_bfloat16_are_as_near_to_float32_as_transformers(to
         with torch.inference_mode():
             found = []
             for start, stop in ((0, 70), (70, 78), *((i, i + 1) for i in range(78, 90))):
-                this = Pass(decoder, [Span(held.blocks, start, stop - start)], [slot])
+                this = Pass(decoder, [Span(held.blocks, start, stop - start)], [slot], step=start > 0)
                 found.append(decoder.logits(decoder(torch.tensor(ids[start:stop]), this, cache)))
             real = copy.deepcopy(model).float()(input_ids=torch.tensor([ids])).logits[0, 70:]
             target = model(input_ids=torch.tensor([ids])).logits[0, 70:]
@@ -127,6 +127,15 @@ def test_few_rows_on_a_cpu_in_bfloat16_are_as_near_to_float32_as_transformers(to
         with torch.no_grad():
             for _, master in decoder.projections[0].copies:  # trained on
                 master.mul_(-2)
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="this CPU has no FBGEMM")
+def test_company_changes_no_answer_of_a_cpu_in_bfloat16(toy_model: Any) -> None:
+    engine = Engine(copy.deepcopy(toy_model).bfloat16(), draft=False)
+    requests = [Request(prompt(seed, 20), Sampling(max_new_tokens=40), "all") for seed in range(16)]
+    alone = [ids_of(engine.generate([request])[0]) for request in requests]
+    engine.cache.forget()
+    assert [ids_of(tokens) for tokens in engine.generate(requests)] == alone
 
 
 def test_a_hundred_mixed_prompts_give_each_what_it_gets_alone(engine: Engine) -> None:

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_a_state_of_16_bit_scales_serves_bitsandbytes(device):
         nf4.store_scales(state, nf4.narrow(nf4.stored_scales(state).float()))
         assert nf4.stored_scales(state).dtype == torch.bfloat16
         assert state.absmax.dtype == torch.float32 and torch.equal(state.absmax, plain.absmax)
-    for each in (state, copy.deepcopy(state)):
+    for each in (state, copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
         assert torch.equal(functional.dequantize_4bit(codes, each), functional.dequantize_4bit(codes, plain))
     packed = state.as_dict(packed=True)
     assert all(torch.equal(packed[name], value) for name, value in plain.as_dict(packed=True).items())

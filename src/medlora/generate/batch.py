@@ -1,7 +1,7 @@
 """Continuous batching (Yu et al. 2022, Orca): rows wait, enter, take a token a step together, and leave.
 
-A row waits until the cache has room for its longest answer, enters in one pass over all new prompts, and leaves when it
-ends; a waiting row takes the place at once.
+A row waits until the cache has room for its longest answer, enters with all new prompts in as few passes as memory
+allows, and leaves when it ends; a waiting row takes the place at once.
 
 On a GPU a step is launched before the tokens of the last one are read, so that the host's work hides behind the
 device's; a row that turns out to have ended leaves one token that nobody looks at. Where the host must see a token
@@ -137,13 +137,13 @@ class Batch:
             return self._through_steps(rows[0])
         last: list[Tensor] = []
         passes = list(_passes(rows))
-        self.decoder.lean(len(passes) > 1)
-        for parts in passes:
-            ids = [i for row, span in parts for i in row.request.ids[span.past : span.past + span.new]]
-            this = Pass(self.decoder, [span for _, span in parts], [row.slot for row, _ in parts])
-            hidden = self.decoder(torch.tensor(ids).to(self.device), this, self.cache)
-            whole = [span.past + span.new == len(row.request.ids) for row, span in parts]
-            last.append(hidden[[end - 1 for end, done in zip(this.borders[1:], whole, strict=True) if done]])
+        with self.decoder.in_pieces(len(passes) > 1):
+            for parts in passes:
+                ids = [i for row, span in parts for i in row.request.ids[span.past : span.past + span.new]]
+                this = Pass(self.decoder, [span for _, span in parts], [row.slot for row, _ in parts])
+                hidden = self.decoder(torch.tensor(ids).to(self.device), this, self.cache)
+                whole = [span.past + span.new == len(row.request.ids) for row, span in parts]
+                last.append(hidden[[end - 1 for end, done in zip(this.borders[1:], whole, strict=True) if done]])
         return self.decoder.logits(torch.cat(last))
 
     def _through_steps(self, row: Row) -> Tensor:

@@ -10,7 +10,8 @@ Shapes: T tokens of a pass, D hidden, H query heads, K key heads, C head size, V
 
 # torch leaves Tensor.split untyped
 # mypy: allow-untyped-calls
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medlora.generate.cache import BLOCK, Cache, free_bytes
-from medlora.generate.weights import FEW, Choice, Nf4, Norm, Projection, Unknown, half, weight_of
+from medlora.generate.weights import Choice, Nf4, Norm, Projection, Unknown, half, weight_of
 from medlora.kernels.attention import Documents, Tails, attention, flash_takes, tail_attention
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.rope import rope_
@@ -86,7 +87,7 @@ class Decoder:
             self.few = self.device.type == "cpu" and self.dtype != torch.float32 and size < free_bytes(self.device) / 8
             self.layers = [self._layer(layer) for layer in self.model.layers]
             self.head = weight_of([causal.lm_head], self.dtype)
-            self.few_head = half([causal.lm_head], None) if self.few else None
+            self.few_head = half([causal.lm_head], causal.lm_head.bias) if self.few else None
         self.projections = [p for layer in self.layers for p in layer if isinstance(p, Projection)]
         alike: dict[str, Tensor] = {}
         for p in self.projections:  # layers that scale alike look up the same table
@@ -130,23 +131,30 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, V] float32 of what a pass gives."""
-        if self.few_head and len(hidden) <= FEW:
+        if self.few_head:
             return self.few_head(hidden.float())
         return self.head(hidden).float()
 
     def keep(self, free: int) -> None:
         """Dequantise NF4 weights for good, if that takes no more than half of `free` bytes: for many rows a step."""
         left = [p for p in self.projections if isinstance(p.weight, Nf4) and p.weight.kept is None]
-        size = sum(w.codes.N * w.codes.D for w in (p.weight for p in left) if isinstance(w, Nf4)) * self.dtype.itemsize
+        weights = sum(w.codes.N * w.codes.D for w in (p.weight for p in left) if isinstance(w, Nf4))
+        size = (weights + sum(p.a.numel() for p in left)) * self.dtype.itemsize
         if size <= free // 2:
             for projection in left:
                 projection.keep()
 
-    def lean(self, lean: bool) -> None:
-        """Whether passes of many tokens hold less at once, at the price of smaller products."""
-        for projection in self.projections:
-            if isinstance(projection.weight, Nf4):
-                projection.weight.lean = lean
+    @contextmanager
+    def in_pieces(self, on: bool) -> Iterator[None]:
+        """Passes that hold less at once, at the price of smaller products."""
+        weights = [p.weight for p in self.projections if on and isinstance(p.weight, Nf4)]
+        for weight in weights:
+            weight.by_pieces = True
+        try:
+            yield
+        finally:
+            for weight in weights:
+                weight.by_pieces = False
 
     @cached_property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -163,8 +171,8 @@ class Decoder:
 class Pass:
     """Rows side by side, each attending to its own conversation."""
 
-    def __init__(self, decoder: Decoder, spans: Sequence[Span], slots: Sequence[int]) -> None:
-        """`slots` holds the adapter of each span, -1 for none."""
+    def __init__(self, decoder: Decoder, spans: Sequence[Span], slots: Sequence[int], *, step: bool = False) -> None:
+        """`slots` holds the adapter of each span, -1 for none; `step` as `Choice` takes it."""
         self.heads, self.scale, self.spans = decoder.heads, decoder.scale, spans
         device = decoder.device
         where = [place for span in spans for place in span.where]
@@ -174,7 +182,7 @@ class Pass:
         half = self.sin.shape[1] // 2
         self.signed = torch.cat([-self.sin[:, :half], self.sin[:, half:]], 1)
         each = [slot for span, slot in zip(spans, slots, strict=True) for _ in range(span.new)]
-        self.choice = Choice(each, torch.tensor(each, dtype=torch.int32).to(device))
+        self.choice = Choice(each, torch.tensor(each, dtype=torch.int32).to(device), step=step)
         self.borders = [0]
         for span in spans:
             self.borders.append(self.borders[-1] + span.new)

@@ -74,12 +74,12 @@ class Engine:
         with torch.inference_mode():
             if self.decoder.refresh():
                 self.cache.forget()
-        # A first answer would wait longer for another capture than for a pass.
+        # Before the first capture, a pass is sooner than one capture more.
         short = SHORT if isinstance(self.step, Steps) and self.step.ready else 0
         return Batch(self.decoder, self.cache, self.step, rows, self.rows, self.draft, short).run()
 
     def _step(self, tokens: Tensor, spans: Sequence[Span], slots: Sequence[int]) -> Tensor:
-        hidden = self.decoder(tokens, Pass(self.decoder, spans, slots), self.cache)
+        hidden = self.decoder(tokens, Pass(self.decoder, spans, slots, step=True), self.cache)
         return self.decoder.logits(hidden)
 
     def _row(self, index: int, request: Request) -> Row:

@@ -4,7 +4,8 @@ A decoded token reads every weight once, so bytes are time. On a GPU the 4-bit c
 float32 product of one row runs at the speed of memory on one core; weights that half precision holds as they are
 (NF4 values and anything that came from bfloat16, which is to say nearly every base) are kept in float16 and multiplied
 in float32 by FBGEMM, which halves the bytes and uses every core. The sums stay float32. It takes half the time of a
-bfloat16 product of few rows too, so a CPU with those keeps both forms of a small model.
+bfloat16 product of few rows too, so a CPU with those keeps both forms of a small model: one for prompts, one for steps
+of any size, since what a row gets must not depend on its company.
 
 Codes, plain weights and adapters that nobody trains are laid side by side once, and the modules' own tensors become
 views of that: no second copy.
@@ -28,7 +29,7 @@ from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_line
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
 
-FEW = 8  # rows, up to which float16 weights beat bfloat16 products on a CPU
+FEW = 8  # rows, up to which LoRA's terms go one by one
 LEAN = 2**24  # weights dequantised at a time where memory is short: 32 MiB in 16 bits
 Norm = tuple[Tensor, float]
 """Weight [D] and epsilon of an RMSNorm."""
@@ -73,8 +74,8 @@ class Nf4:
     def __init__(self, bases: Sequence[Any], bias: Tensor | None, dtype: torch.dtype) -> None:
         states = [base.weight.quant_state for base in bases]
         self.codes = NF4Weights.of([base.weight.data for base in bases], states)
-        self.pieces, self.lean = self.codes.pieces(LEAN), False
-        """Whether they are dequantised piece by piece."""
+        self.pieces, self.by_pieces = self.codes.pieces(LEAN), False
+        """Whether prompts have them dequantised piece by piece."""
         self.bias, self.dtype = bias, dtype
         self.kept: Tensor | None = None
         """[N, D], where memory allowed to dequantise for good."""
@@ -91,7 +92,7 @@ class Nf4:
         if self.kept is not None:
             return Dense(self.kept, self.bias)(x, onto)
         y, first = x.new_empty(len(x), self.codes.N) if onto is None else onto, 0
-        for piece in self.pieces if self.lean else (self.codes,):
+        for piece in self.pieces if self.by_pieces else (self.codes,):
             w = piece.dequantize(torch.empty(piece.N, piece.D, dtype=self.dtype, device=x.device))
             torch.addmm(columns := y[:, first : first + piece.N], x, w.t(), beta=int(onto is not None), out=columns)
             first += piece.N
@@ -149,9 +150,11 @@ class Choice:
 
     Args:
         slots: one a row, -1 for none; None where they may change behind the host's back, in `on_device`.
+        step: the pass takes conversations a step further, rather than reading prompts.
     """
 
-    def __init__(self, slots: Sequence[int] | None, on_device: Tensor) -> None:
+    def __init__(self, slots: Sequence[int] | None, on_device: Tensor, *, step: bool = False) -> None:
+        self.step = step
         self.slots = on_device
         self.any = slots is None or any(slot >= 0 for slot in slots)
         self.same = slots[0] if slots and len(set(slots)) == 1 else None
@@ -173,7 +176,7 @@ class Projection:
     f is a norm where one is given; with `gated` the modules are gate and up, and silu(gate) * up comes out.
 
     Args:
-        few: whether up to `FEW` rows go through float32 and weights of their own in `Half`, where those are exact.
+        few: whether steps go through float32 and weights of their own in `Half`, where those are exact.
 
     Raises:
         Unknown: as `weight_of`, or an adapter that is a variant of LoRA or is merged.
@@ -191,7 +194,7 @@ class Projection:
         bases = [getattr(module, "base_layer", module) for module in modules]
         self.weight, self.gated = weight_of(bases, dtype), gated
         self.few: Projection | None = None
-        if few:
+        if few and not isinstance(self.weight, Nf4):
             with suppress(Unknown):
                 self.few = Projection(modules, names, torch.float32, gated=gated)
         sizes, device = [base.out_features for base in bases], bases[0].weight.device
@@ -232,7 +235,7 @@ class Projection:
         if isinstance(self.weight, Nf4) and self.weight.reads_codes(x):
             terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
             return nf4_linear(x, self.weight.codes, terms, norm=norm, gated=self.gated, residual=residual)
-        if self.few and len(x) <= FEW:
+        if self.few and choice.step:
             wide = x.float() if norm is None else F.rms_norm(x.float(), x.shape[1:], norm[0].float(), norm[1])
             y = self.few(wide, choice).to(x.dtype)
             return y if residual is None else residual.add_(y)

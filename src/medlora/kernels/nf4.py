@@ -88,7 +88,15 @@ def _widening(kind: type) -> type:
     if isinstance(vars(kind).get("absmax"), property):
         return kind
     absmax = property(lambda self: stored_scales(self).float(), store_scales)
-    return type(kind.__name__, (kind,), {"absmax": absmax})
+    plain = {"absmax": absmax, "__reduce__": lambda self: (_restored, (kind, vars(self) | {"absmax": self.absmax}))}
+    return type(kind.__name__, (kind,), plain)
+
+
+def _restored(kind: type, state: dict[str, Any]) -> Any:
+    """A state as it was before `store_scales`, for pickle."""
+    found: Any = object.__new__(kind)
+    vars(found).update(state)
+    return found
 
 
 @jit

@@ -14,8 +14,8 @@ row: the multiplications are then free) and apply a block's absmax to the fp32 r
   shares in order, so results do not depend on who came last. PRMT picks four bytes of eight by four nibbles: 2.6
   integer instructions a weight, whose units work at half rate, and that is its limit.
 
-Measured on an H200, Llama-2-7B's shapes, one row with an adapter of rank 64 (`bench/kernels_decode.py`): q, k, v 18.9
-us (Triton 30.7), o 10.6 (16.6), gate and up 30.6 (44.6), down 20.3 (31.4). The bytes alone take 7, 3, 13 and 7 us.
+Measured on an H100, Llama-2-7B's shapes, one row with an adapter of rank 64 (`bench/kernels_decode.py`): q, k, v 17.5
+us (Triton 32.0), o 8.2 (16.5), gate and up with SwiGLU 28.8 (47.5), down 14.6 (34.3).
 
 In bfloat16 the table's values are rounded to bf16 and scales are not; bitsandbytes rounds their product instead.
 
@@ -26,7 +26,7 @@ Shapes: M rows, D inputs, N outputs, G modules, R rank, S adapters.
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -107,13 +107,18 @@ class NF4Weights:
         """Write the weights into `out` [N, D] of any float dtype and return it: for more rows than MAX_ROWS."""
         if self.double is None or len(self.sizes) == 1:
             return dequantize_nf4(self.codes, self.absmax.flatten(), out, self.double)
-        for piece, part in zip(self.pieces(), out.split(self.sizes), strict=True):
-            piece.dequantize(part)
+        for rows, double in self._parts(2**62):
+            dequantize_nf4(self.codes[rows], self.absmax[rows].flatten(), out[rows], double)
         return out
 
-    def pieces(self, most: int = 2**62) -> list[NF4Weights]:
+    def pieces(self, most: int) -> list[NF4Weights]:
         """Views of each module by itself, and of a module of more than `most` weights in about equal parts."""
-        found, first = [], 0
+        parts = self._parts(most)
+        return [NF4Weights(self.codes[at], self.absmax[at], (at.stop - at.start,), double) for at, double in parts]
+
+    def _parts(self, most: int) -> Iterator[tuple[slice, DoubleQuant | None]]:
+        """Their rows, and how to undo their second quantisation."""
+        first = 0
         for g, N in enumerate(self.sizes):
             each = ceil_div(N, ceil_div(N * self.D, most))
             step = ceil_div(each, OUTER_BLOCKSIZE) * OUTER_BLOCKSIZE  # so that an outer block ends with a piece
@@ -122,9 +127,8 @@ class NF4Weights:
                 blocks = self.absmax[:start].numel(), self.absmax[: rows.stop].numel()
                 outer = slice(blocks[0] // OUTER_BLOCKSIZE, ceil_div(blocks[1], OUTER_BLOCKSIZE))
                 double = self.double and DoubleQuant(self.double.code, self.double.absmax[outer], self.double.offset[g])
-                found.append(NF4Weights(self.codes[rows], self.absmax[rows], (rows.stop - start,), double))
+                yield rows, double
             first += N
-        return found
 
 
 def _joined_scales(absmax: list[Tensor], doubles: list[DoubleQuant | None]) -> tuple[Tensor, DoubleQuant | None]:
