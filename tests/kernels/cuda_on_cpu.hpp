@@ -17,6 +17,7 @@ using std::min;
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
+struct alignas(2) uchar2 { unsigned char x, y; };
 struct { unsigned x; } thread_local threadIdx, blockIdx, gridDim;
 
 struct Warp {
@@ -35,6 +36,7 @@ struct Program {
 thread_local Program* program;
 thread_local Warp* own_warp;
 
+float2 make_float2(float x, float y) { return {x, y}; }
 uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 float reciprocal_root(float x) { return 1 / std::sqrt(x); }

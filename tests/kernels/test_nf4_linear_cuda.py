@@ -89,6 +89,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         (Cut(1, 4, True), [-1], (64, 32, 32), 512, "bfloat16", {"residual": True}),
         (Cut(1, 8, True), [0], (64,), 1280, "float16", {"residual": True}),
         (Cut(1, 2, True), [0], (80, 80), 256, "float32", {"norm": True, "gated": True}),
+        (Cut(1, 4, True), [1], (64, 64), 512, "float32", {"norm": True, "double": True}),
         (Cut(1, 4), [1, -1, 0], (64, 32, 32), 512, "float32", {"norm": True}),
         (Cut(1, 8), [0, 1, 0, -1] * 4, (48, 48), 512, "bfloat16", {"gated": True}),
     ],
@@ -101,7 +102,7 @@ def test_program_by_program(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=3))
     monkeypatch.setattr("medlora.kernels.nf4_linear.use_triton", lambda _: True)
     M, dtype = len(slots), torch.bfloat16
-    weights, plain = quantised(sizes, D, "cpu", stored=getattr(torch, stored))
+    weights, plain = quantised(sizes, D, "cpu", options.get("double", False), getattr(torch, stored))
     lora, terms = adapters(sizes, D, slots, dtype, "cpu", ranks=(20, 5))
     x, gated = torch.randn(M, D).to(dtype), options.get("gated", False)
     norm = (torch.rand(D).to(dtype), 1e-5) if options.get("norm") else None
