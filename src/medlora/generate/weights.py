@@ -209,6 +209,8 @@ class Projection:
         """[S + 1, S G R]: of each rank, by the row's adapter; the last line, -1, is for none."""
         self.wide: Tensor | None = None
         """Kept weights and below them every a, [N + S G R, D]: one product gives what both make of x."""
+        self.block = self.b.new_zeros(S * G * R, sum(sizes)) if S and isinstance(self.weight, Half) else None
+        """Every b', each in its module's columns: on a CPU a product costs its call, not its zeros."""
         alike = S == 1 and (device.type == "cuda" or dtype == torch.float32)  # else oneDNN refuses the strides
         self.sizes, self.batched = sizes, _every_nth(found[0], sizes, R) if alike else None
         self.copies: list[tuple[Tensor, Tensor]] = []
@@ -220,11 +222,13 @@ class Projection:
                 if lora:
                     r, first = len(lora.a), (s * G + g) * R
                     b = self.b[s, columns : columns + size, :r]
+                    if self.block is not None:
+                        b = self.block[first : first + r, columns : columns + size].t()
                     self.parts.append((slice(columns, columns + size), slice(first, first + r), b))
                     self.copies += [(self.a[s, g * R : g * R + r], lora.a), (b, lora.b)]
                 columns += size
         for to, master in self.copies:
-            if master.dtype == dtype and not master.requires_grad:
+            if master.dtype == dtype and not master.requires_grad and to.stride(1) == 1:
                 master.data = to.copy_(master)
 
     def __call__(
@@ -252,6 +256,9 @@ class Projection:
 
     def _add(self, y: Tensor, h_TR: Tensor, choice: Choice) -> None:
         h_TR *= choice.rows_of(self.factors)
+        if self.block is not None:
+            y.addmm_(h_TR, self.block)
+            return
         if self.batched and len(y) > FEW:
             shape = len(self.sizes), -1
             y_GTN, h_GTR = (t.unflatten(1, shape).transpose(0, 1)[self.batched] for t in (y, h_TR))
