@@ -108,7 +108,7 @@ def test_logits_agree_at_every_position_in_prefill_and_in_decode(toy_model: Any,
 def test_few_rows_on_a_cpu_in_bfloat16_are_as_near_to_float32_as_transformers(toy_model: Any) -> None:
     model = copy.deepcopy(toy_model).bfloat16()
     decoder, ids = Decoder(model), prompt(5, 90)
-    assert decoder.few and all(p.few for p in decoder.projections)
+    assert decoder.for_steps and all(p.for_steps for p in decoder.projections)
     slot = decoder.adapters.index("all")
     for _ in range(2):
         decoder.refresh()

@@ -84,10 +84,12 @@ class Decoder:
         self.context: int = config.max_position_embeddings
         with torch.inference_mode(False), torch.no_grad():
             size = 2 * sum(parameter.numel() for parameter in causal.parameters())
-            self.few = self.device.type == "cpu" and self.dtype != torch.float32 and size < free_bytes(self.device) / 8
+            self.for_steps = (
+                self.device.type == "cpu" and self.dtype != torch.float32 and size < free_bytes(self.device) / 8
+            )
             self.layers = [self._layer(layer) for layer in self.model.layers]
             self.head = weight_of([causal.lm_head], self.dtype)
-            self.few_head = half([causal.lm_head], causal.lm_head.bias) if self.few else None
+            self.step_head = half([causal.lm_head], causal.lm_head.bias) if self.for_steps else None
         self.projections = [p for layer in self.layers for p in layer if isinstance(p, Projection)]
         alike: dict[str, Tensor] = {}
         for p in self.projections:  # layers that scale alike look up the same table
@@ -96,7 +98,7 @@ class Decoder:
 
     def _layer(self, layer: Any) -> Layer:
         def project(*modules: Any, gated: bool = False) -> Projection:
-            return Projection(modules, self.adapters, self.dtype, gated=gated, few=self.few)
+            return Projection(modules, self.adapters, self.dtype, gated=gated, for_steps=self.for_steps)
 
         attn, mlp = layer.self_attn, layer.mlp
         return Layer(
@@ -131,8 +133,8 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, V] float32 of what a pass gives."""
-        if self.few_head:
-            return self.few_head(hidden.float())
+        if self.step_head:
+            return self.step_head(hidden.float())
         return self.head(hidden).float()
 
     def keep(self, free: int) -> None:

@@ -29,7 +29,6 @@ from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_line
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
 
-FEW = 8  # rows, up to which LoRA's terms go one by one
 LEAN = 2**24  # weights dequantised at a time where memory is short: 32 MiB in 16 bits
 Norm = tuple[Tensor, float]
 """Weight [D] and epsilon of an RMSNorm."""
@@ -176,7 +175,7 @@ class Projection:
     f is a norm where one is given; with `gated` the modules are gate and up, and silu(gate) * up comes out.
 
     Args:
-        few: whether steps go through float32 and weights of their own in `Half`, where those are exact.
+        for_steps: whether steps go through float32 and weights of their own in `Half`, where those are exact.
 
     Raises:
         Unknown: as `weight_of`, or an adapter that is a variant of LoRA or is merged.
@@ -189,14 +188,14 @@ class Projection:
         dtype: torch.dtype,
         *,
         gated: bool = False,
-        few: bool = False,
+        for_steps: bool = False,
     ) -> None:
         bases = [getattr(module, "base_layer", module) for module in modules]
         self.weight, self.gated = weight_of(bases, dtype), gated
-        self.few: Projection | None = None
-        if few and not isinstance(self.weight, Nf4):
+        self.for_steps: Projection | None = None
+        if for_steps and not isinstance(self.weight, Nf4):
             with suppress(Unknown):
-                self.few = Projection(modules, names, torch.float32, gated=gated)
+                self.for_steps = Projection(modules, names, torch.float32, gated=gated)
         sizes, device = [base.out_features for base in bases], bases[0].weight.device
         found = [[_lora(module, name) for module in modules] for name in names]
         S, G = len(names), len(modules)
@@ -239,9 +238,9 @@ class Projection:
         if isinstance(self.weight, Nf4) and self.weight.reads_codes(x):
             terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
             return nf4_linear(x, self.weight.codes, terms, norm=norm, gated=self.gated, residual=residual)
-        if self.few and choice.step:
+        if self.for_steps and choice.step:
             wide = x.float() if norm is None else F.rms_norm(x.float(), x.shape[1:], norm[0].float(), norm[1])
-            y = self.few(wide, choice).to(x.dtype)
+            y = self.for_steps(wide, choice).to(x.dtype)
             return y if residual is None else residual.add_(y)
         x = rms_norm(x, *norm) if norm else x
         if adapted and self.wide is not None:
@@ -259,7 +258,7 @@ class Projection:
         if self.block is not None:
             y.addmm_(h_TR, self.block)
             return
-        if self.batched and len(y) > FEW:
+        if self.batched:
             shape = len(self.sizes), -1
             y_GTN, h_GTR = (t.unflatten(1, shape).transpose(0, 1)[self.batched] for t in (y, h_TR))
             y_GTN.baddbmm_(h_GTR, self.b[0].unflatten(0, shape)[self.batched].transpose(1, 2))
@@ -286,8 +285,8 @@ class Projection:
         for to, master in self.copies:
             to.copy_(master.detach())
         self._refresh_wide()
-        if self.few:
-            self.few.refresh()
+        if self.for_steps:
+            self.for_steps.refresh()
 
 
 def _every_nth(loras: "Sequence[_Lora | None]", sizes: Sequence[int], R: int) -> slice | None:

@@ -455,9 +455,7 @@ def nf4_linear(
     if not use_triton(x):
         return out.copy_(_plain(x, weights, lora, norm, gated, residual))
     cut = config if isinstance(config, Cut) else choose_cut(x, norm) if config is None else None
-    kernel = _table_kernel(x, weights, lora, norm, gated, residual, cut) if cut else None
-    if cut and kernel:
-        _table_product(kernel, cut, x, weights, lora, norm, gated, residual, out)
+    if cut and _table_product(x, weights, lora, norm, gated, residual, out, cut):
         return out
     config = config if isinstance(config, Config) else choose_config(weights.sizes, weights.D, len(x))
     y = x.new_empty(len(x), weights.N) if gated else out
@@ -518,25 +516,6 @@ def choose_cut(x: Tensor, norm: tuple[Tensor, float] | None) -> Cut | None:
     return Cut(1 if M > 8 else 2, one=M == 1 and aligned)
 
 
-def _table_kernel(
-    x: Tensor,
-    weights: NF4Weights,
-    lora: LoraTerms | None,
-    norm: tuple[Tensor, float] | None,
-    gated: bool,
-    residual: Tensor | None,
-    cut: Cut,
-) -> CudaKernel | None:
-    M, D = x.shape
-    normed = cut.one and norm is not None
-    return _compiled(
-        x.device.index, 2 * D if normed else 0,
-        TILES=1 if M <= 4 else 2 if M <= 8 else 4, WARPS=cut.warps, RESIDENT=cut.resident,
-        SCALES=SCALES.index(weights.absmax.dtype), ONE=int(cut.one), NORM=int(normed), LORA=int(lora is not None),
-        RESIDUAL=int(residual is not None), GATED=int(gated),
-    )  # fmt: skip
-
-
 @cache
 def _compiled(device: int, shared: int, **defined: int) -> CudaKernel | None:
     values = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.uint16).tolist()
@@ -545,8 +524,6 @@ def _compiled(device: int, shared: int, **defined: int) -> CudaKernel | None:
 
 
 def _table_product(
-    kernel: CudaKernel,
-    cut: Cut,
     x: Tensor,
     weights: NF4Weights,
     lora: LoraTerms | None,
@@ -554,8 +531,19 @@ def _table_product(
     gated: bool,
     residual: Tensor | None,
     y: Tensor,
-) -> None:
-    M, N, sizes, absmax, counters = len(x), weights.N, weights.sizes, weights.absmax, weights.counters
+    cut: Cut,
+) -> bool:
+    """Whether nf4_linear.cu could be compiled here; y is written then."""
+    (M, D), N, sizes, absmax, counters = x.shape, weights.N, weights.sizes, weights.absmax, weights.counters
+    normed = cut.one and norm is not None
+    kernel = _compiled(
+        x.device.index, 2 * D if normed else 0,
+        TILES=1 if M <= 4 else 2 if M <= 8 else 4, WARPS=cut.warps, RESIDENT=cut.resident,
+        SCALES=SCALES.index(absmax.dtype), ONE=int(cut.one), NORM=int(normed), LORA=int(lora is not None),
+        RESIDUAL=int(residual is not None), GATED=int(gated),
+    )  # fmt: skip
+    if kernel is None:
+        return False
     S, R = (lora.b.shape[0], lora.b.shape[2]) if lora else (0, 1)
     if cut.one:
         h = x.new_empty(1, len(sizes) * R)
@@ -568,9 +556,10 @@ def _table_product(
     resident = min(cut.resident, kernel.resident) * torch.cuda.get_device_properties(y.device).multi_processor_count
     kernel(
         min(y.shape[1] // TILE, resident), x, weights.codes, absmax, code, outer, offset, h, b, slots, added, y,
-        weight, a, scaling, counters, x.stride(0), added.stride(0), y.stride(0), M, N, weights.D, sizes[0],
+        weight, a, scaling, counters, x.stride(0), added.stride(0), y.stride(0), M, N, D, sizes[0],
         sum(sizes[:2]), S, R, len(sizes), float(eps),
     )  # fmt: skip
+    return True
 
 
 def _product(

@@ -159,17 +159,19 @@ class Group:
 
     def forward(self, x: Tensor, how: Pass) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(y [T, N], dropout(x) [T, D], s dropout(x) A' [T, R]); the last two None without adapters."""
-        nothing = x.new_empty(()).expand(len(x), self.shape[0])  # a shape without memory
-        if how.discard and not self.parts:
-            return nothing, None, None
-        inner = self.input(x)
         if not self.parts:
-            return self._with_bias(self.product(inner, how.scratch, None)), None, None
+            y = self._nothing(x) if how.discard else self._with_bias(self.product(self.input(x), how.scratch, None))
+            return y, None, None
+        inner = self.input(x)
         dropped = dropout(inner, how.p, how.seed)
         h_TR = _scaled(dropped, self.a.t(), self.scaling)
         if how.discard:
-            return nothing, dropped, h_TR
+            return self._nothing(x), dropped, h_TR
         return self._with_bias(self.product(inner, how.scratch, self.adapted(h_TR))), dropped, h_TR
+
+    def _nothing(self, x: Tensor) -> Tensor:
+        """The output's shape without its memory."""
+        return x.new_empty(()).expand(len(x), self.shape[0])
 
     def _with_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y.add_(self.bias)

@@ -317,8 +317,8 @@ def plans(shape: Shape, work: Work) -> list[Plan]:
         predict(shape, work, rows, recompute, keep, optim)
         for rows in cuts for recompute in allowed for keep in keeps for optim in _optims(work)
     ]  # fmt: skip
-    possible = [p for p in found if p.recompute != "offload" or host_bytes(shape, work, p.row_tokens) <= work.host / 2]
-    found = possible or found
+    # wherever `offload` is allowed `full` is too, so something stays
+    found = [p for p in found if p.recompute != "offload" or host_bytes(shape, work, p.row_tokens) <= work.host / 2]
     return sorted(found, key=lambda plan: (plan.seconds, plan.peak_bytes))
 
 
