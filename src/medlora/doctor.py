@@ -10,7 +10,7 @@ from medlora import assets
 from medlora.errors import RecipeError
 from medlora.model.base import FAMILIES, load_config
 from medlora.model.load import compute_dtype, device
-from medlora.model.plan import Shape, Work, capacity_of, choose, plans, table
+from medlora.model.plan import Shape, Work, capacity_of, choose, plans, resources, table
 from medlora.recipe import Base, Recipe
 from medlora.train.manifest import versions
 
@@ -55,9 +55,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError(
             "only the packed engine plans its memory; it takes bases of the LLaMA family and engine: auto"
         )
-    width = compute_dtype(recipe.base, on).itemsize
-    host = psutil.virtual_memory().available
-    work = Work.of(recipe, prepared.corpus.train, width=width, on_gpu=on.type == "cuda", host=host)
+    work = Work.of(recipe, prepared.corpus.train, **resources(on, compute_dtype(recipe.base, on).itemsize))
     capacity = capacity_of(recipe, free_bytes(on))
     chosen = choose(plans(Shape.of(config), work), capacity)
     return {"recipe": recipe.name, "line": chosen.describe(capacity), "capacity_bytes": capacity} | asdict(chosen)

@@ -126,6 +126,8 @@ class Training(Section):
     mantissa on the way. Needs the packed engine and a GPU of compute capability 8.9 or higher."""
     max_memory: float | None = Field(None, gt=0)
     """GiB of the GPU that a run is planned for; all that is free by default."""
+    cuda_graphs: bool = True
+    """Replay short rows on a GPU from captured launches, where memory is left for it."""
     engine: Literal["auto", "packed", "plain"] = "auto"
     """`packed`: each optimizer step is one row without padding, through medlora's own compute path.
     `plain`: TRL's padded micro-batches. `auto`: packed wherever the base allows it."""

@@ -31,7 +31,7 @@ CASES = [  # module, kernel, pointers, constants, warps
     ("swiglu", "_forward_kernel", {}, {"BLOCK": 1024}, 4),
     ("swiglu", "_backward_kernel", {}, {"BLOCK": 1024}, 4),
     ("embedding", "_gather_kernel", {"ids": "*i64"}, {"BLOCK": 4096}, 4),
-    ("dropout", "_dropout_kernel", {}, {"GROUPS": 256}, 4),
+    ("dropout", "_dropout_kernel", {"seed": "*i64"}, {"GROUPS": 256}, 4),
     (
         "cross_entropy",
         "_cross_entropy_kernel",

@@ -244,7 +244,7 @@ def test_gradients_of_dropout_are_those_of_autograd(monkeypatch: pytest.MonkeyPa
 
     def unfused_linear(self: Any, x: Tensor, how: Any) -> Tensor:
         inner = plain.swiglu(*x.chunk(2, 1)) if self.gated else x
-        dropped = plain.dropout(inner, how.p, how.seed)
+        dropped = plain.dropout(inner, how.p, int(how.seed) + how.place)
         parts = [
             inner @ base.weight.t() + adapter.scaling * (dropped @ adapter.a.t()) @ adapter.b.t()
             for base, adapter in zip(self.bases, self.adapters, strict=True)

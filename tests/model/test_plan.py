@@ -10,7 +10,7 @@ from test_packed import ALL, documents, make
 
 from medlora.data.prompts import Example
 from medlora.model.packed import pack, packed_loss, packing, split
-from medlora.model.plan import GIB, SHAPES, Plan, Shape, Work, choose, fall_back, plans, predict, table
+from medlora.model.plan import FLOPS, GIB, SHAPES, Plan, Shape, Work, choose, fall_back, plans, predict, table
 from medlora.recipe import Recipe, load_recipe
 
 LLAMA = next(shape for shape in SHAPES if shape.name == "Llama-2-7B")
@@ -22,7 +22,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def work(*overrides: str, tokens: int = 16384, longest: int = 2048) -> Work:
-    return Work(recipe=recipe(*overrides), tokens=tokens, longest=longest)
+    return Work(recipe=recipe(*overrides), tokens=tokens, longest=longest, shortest=tokens)
 
 
 @pytest.mark.parametrize("shape", [{}, {"head_dim": 24, "tie_word_embeddings": True}, {"num_key_value_heads": 4}])
@@ -95,6 +95,40 @@ def test_memory_left_over_holds_layers() -> None:
     assert everything.peak_bytes == pytest.approx(kept, rel=0.05)
     asked = plans(LLAMA, work(*ALL_LINEAR, "training.gradient_checkpointing=true"))
     assert choose(asked, 140 * GIB).held == 0
+
+
+def test_rows_that_the_host_cannot_keep_up_with_are_replayed() -> None:
+    short = replace(work(tokens=4096, longest=1024), shortest=900)
+    kept = predict(LLAMA, short, 1, "none", True, "adamw_torch_fused")
+    chosen = choose([kept], 140 * GIB)
+    assert chosen.replayed == chosen.row_tokens == 4096 and ", as CUDA graphs, " in chosen.describe(0)
+    assert 0 < chosen.peak_bytes - kept.peak_bytes < GIB
+    assert choose([kept], kept.peak_bytes).replayed == 0
+    assert choose([kept], chosen.peak_bytes) == chosen
+    for other in (
+        replace(short, shortest=16384),  # no step is short
+        replace(short, longest=16384),  # a document that cannot be cut is not
+        replace(short, recipe=recipe("training.cuda_graphs=false")),
+        replace(short, on_gpu=False),
+    ):
+        assert choose(plans(LLAMA, other), 140 * GIB).replayed == 0
+
+
+def test_on_a_slower_card_only_shorter_rows_are_replayed() -> None:
+    slow = replace(work(tokens=4096, longest=1024), shortest=900, flops=FLOPS / 5)
+    for keep, rows, replayed in ((True, 3, 1408), (False, 1, 0)):  # cutting has a price where the base is not kept
+        chosen = choose([predict(LLAMA, slow, 1, "none", keep, "adamw_torch_fused")], 140 * GIB)
+        assert (chosen.rows, chosen.replayed) == (rows, replayed)
+
+
+def test_rows_grow_as_far_as_they_are_replayed() -> None:
+    lean = replace(work("training.optim=adamw_8bit", tokens=4096, longest=1024), shortest=900)
+    halved = predict(LLAMA, lean, 2, "offload", False, "adamw_8bit")
+    whole = predict(LLAMA, lean, 1, "offload", False, "adamw_8bit")
+    tight = halved.peak_bytes + GIB // 8
+    chosen = choose([halved, whole], tight)
+    assert halved.row_tokens < chosen.row_tokens == chosen.replayed < 4096 and chosen.fits(tight)
+    assert choose([halved], 140 * GIB).held > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=lambda shape: shape.name)

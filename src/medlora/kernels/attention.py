@@ -43,6 +43,8 @@ class Documents(NamedTuple):
     starts: Tensor
     """The same on the device, int32."""
     longest: int
+    alike: bool
+    """All are of one length."""
 
     @classmethod
     def of(cls, cos: Tensor, sin: Tensor, borders: list[int]) -> Documents:
@@ -50,7 +52,8 @@ class Documents(NamedTuple):
         starts = torch.tensor(borders, dtype=torch.int32)
         if cos.is_cuda:  # only from pinned memory is the copy asynchronous
             starts = starts.pin_memory().to(cos.device, non_blocking=True)
-        return cls(cos, sin, borders, starts, max(stop - start for start, stop in pairwise(borders)))
+        lengths = [stop - start for start, stop in pairwise(borders)]
+        return cls(cos, sin, borders, starts, max(lengths), len(set(lengths)) == 1)
 
 
 class Tails(NamedTuple):
@@ -145,8 +148,7 @@ def _dense_attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], s
 
 def _is_dense(qkv: Tensor, row: Documents) -> bool:
     """Whether a Hopper card takes the row as a batch of documents of one length."""
-    alike = all(stop - start == row.longest for start, stop in pairwise(row.borders))
-    fit = alike and row.longest % DENSE_MULTIPLE == 0 and row.longest > DENSE_MULTIPLE
+    fit = row.alike and row.longest % DENSE_MULTIPLE == 0 and row.longest > DENSE_MULTIPLE
     return fit and torch.cuda.get_device_capability(qkv.device)[0] == 9
 
 

@@ -29,19 +29,20 @@ from .dispatch import ceil_div, jit, tl, use_triton
 GROUPS = 256  # Philox calls a program: 2048 elements
 
 
-@partial(jit, do_not_specialize=["seed"])  # or every kind of seed would compile its own kernel
+@partial(jit, do_not_specialize=["offset"])  # or every kind of offset would compile its own kernel
 def _dropout_kernel(
     x: tl.tensor,
     y: tl.tensor,
     n: int,
     threshold: int,
     scale: float,
-    seed: tl.int64,  # or Triton reads the annotation as 32 bits
+    seed: tl.tensor,  # int64 [1]
+    offset: int,
     GROUPS: tl.constexpr,
 ) -> None:
     """y = mask * x * scale over elements [pid * 8 GROUPS, (pid + 1) * 8 GROUPS)."""
     pid = tl.program_id(0)
-    r0, r1, r2, r3 = tl.randint4x(seed, pid * GROUPS + tl.arange(0, GROUPS), 7)
+    r0, r1, r2, r3 = tl.randint4x(tl.load(seed) + offset, pid * GROUPS + tl.arange(0, GROUPS), 7)
     words = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), (GROUPS, 4))
     draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (GROUPS * 8,)).to(tl.int32)
     at = pid.to(tl.int64) * (GROUPS * 8) + tl.arange(0, GROUPS * 8)
@@ -50,40 +51,42 @@ def _dropout_kernel(
     tl.store(y + at, value.to(y.dtype.element_ty), inside)
 
 
-def _launch(x: Tensor, y: Tensor, p: float, seed: int) -> None:
+def _launch(x: Tensor, y: Tensor, p: float, seed: Tensor, offset: int) -> None:
     n = x.numel()
     _dropout_kernel[(ceil_div(n, GROUPS * 8),)](
-        x, y, n, round(p * 65536), 1 / (1 - p), seed, GROUPS=GROUPS, num_warps=4
+        x, y, n, round(p * 65536), 1 / (1 - p), seed, offset, GROUPS=GROUPS, num_warps=4
     )
 
 
-def _check(p: float, seed: int) -> None:
+def _check(p: float, seed: int | Tensor) -> None:
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability must be in [0, 1), got {p}")
-    if not 0 <= seed < 2**63:
+    if isinstance(seed, int) and not 0 <= seed < 2**63:
         raise ValueError(f"dropout seed must be in [0, 2**63), got {seed}")
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
-        ctx.p, ctx.seed = p, seed
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor, offset: int) -> Tensor:
+        ctx.how = p, seed, offset
         y = torch.empty_like(x)
-        _launch(x, y, p, seed)
+        _launch(x, y, *ctx.how)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return dropout(grad, ctx.p, ctx.seed), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return dropout(grad, *ctx.how), None, None, None
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: int | Tensor, offset: int = 0) -> Tensor:
     """mask(seed) * x / (1 - p), differentiable; applied to a gradient it is its own backward pass.
 
     Args:
         x: any shape, fp32, bf16 or fp16; elements are numbered in row-major order.
         p: probability of a zero, in [0, 1).
-        seed: in [0, 2**63); one seed, one mask, on every device. p = 0 returns x itself.
+        seed: in [0, 2**63), or int64 [1] on x's device, so that a CUDA graph can read another at each replay; one seed,
+            one mask, on every device. p = 0 returns x itself.
+        offset: added to the seed.
 
     Raises:
         ValueError: p or seed outside its range.
@@ -92,11 +95,12 @@ def dropout(x: Tensor, p: float, seed: int) -> Tensor:
     if p == 0:
         return x
     if not use_triton(x):
-        return reference.dropout(x, p, seed)
+        return reference.dropout(x, p, int(seed) + offset)
     x = x.contiguous()
+    seed = torch.tensor([seed], device=x.device) if isinstance(seed, int) else seed
     if torch.is_grad_enabled() and x.requires_grad:
-        y: Tensor = _Dropout.apply(x, p, seed)
+        y: Tensor = _Dropout.apply(x, p, seed, offset)
         return y
     y = torch.empty_like(x)  # autograd's bookkeeping would cost the host more than the launch
-    _launch(x, y, p, seed)
+    _launch(x, y, p, seed, offset)
     return y

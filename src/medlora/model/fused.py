@@ -16,7 +16,8 @@ What a layer keeps for its backward pass is a choice (`Recompute`), and none of 
     offload    the inputs of its two halves, attention and MLP, in pinned host memory, fetched a half ahead; all but
                the halves' last products is computed again. The embedding lies there too, unless tied
 
-With the last two, the `held` last layers of the stack keep everything, as far as memory allows.
+With the last two, the `held` last layers of the stack keep everything, as far as memory allows. Rows too short to keep
+the device busy are replayed as CUDA graphs (`model.graphs`).
 
 Where a model holds something this file does not know, `Fused` raises `Unfusable` with the reason and the
 caller runs Transformers' layers instead.
@@ -26,7 +27,8 @@ Shapes: T tokens of the row, D inputs, H query heads, K key heads, C head size.
 
 # torch leaves Function.apply untyped
 # mypy: allow-untyped-calls
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
 from types import SimpleNamespace
@@ -38,15 +40,13 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
-from medlora.kernels.attention import Documents, attention
+from medlora.kernels.attention import Documents, attention, flash_takes
 from medlora.kernels.embedding import gather_rows
 from medlora.kernels.rms_norm import add_rms_norm
+from medlora.model.graphs import ROUND, Graphs, Uncapturable
 from medlora.model.group import Group, Pass, Unfusable
 from medlora.model.offload import Offload
 
-# A row grows to a multiple of this, by a document that nothing reads: shapes that recur are looked up once by
-# cuBLAS and the allocator, and a product's tiles are as tall anyway.
-ROUND = 128
 FP8_CAPABILITY = (8, 9)
 Recompute = Literal["none", "selective", "full", "offload"]
 
@@ -55,7 +55,8 @@ class Row(NamedTuple):
     """What all layers share while a packed row passes."""
 
     documents: Documents
-    seed: int
+    seed: Tensor
+    """int64 [1] on the device."""
     dropping: bool
     offload: Offload
 
@@ -69,15 +70,25 @@ class Fused:
         recompute: what a layer keeps.
         held: how many of the last layers keep everything, where the others keep no more than inputs.
         fp8: products of the frozen weights in row-wise FP8.
+        replayed: tokens of the longest row, a multiple of `ROUND`, that is replayed as a CUDA graph; 0 for none.
+        documents: how many a replayed row may have.
 
     Raises:
         Unfusable: something in the model that this path does not compute.
     """
 
     def __init__(
-        self, causal: Any, keep: bool = False, recompute: Recompute = "none", fp8: bool = False, held: int = 0
+        self,
+        causal: Any,
+        keep: bool = False,
+        recompute: Recompute = "none",
+        fp8: bool = False,
+        held: int = 0,
+        replayed: int = 0,
+        documents: int = 0,
     ) -> None:
         self.model, config, self.keep, self.fp8, self.held = causal.model, causal.config, keep, fp8, held
+        self.replayed, self.documents = replayed, documents
         self.head: Tensor = causal.lm_head.weight
         self.recompute: Recompute = recompute
         self.dtype: torch.dtype = self.model.embed_tokens.weight.dtype
@@ -121,6 +132,9 @@ class Fused:
         if self.keep:
             self.scratch = self.scratch[:0].clone()
         self._place_embedding()
+        able = self.device.type == "cpu" or flash_takes(self.scratch, self.heads[2])
+        replayed = self.replayed if able and self.masters else 0
+        self.graphs = Graphs(self._stack, every, replayed, self.documents) if replayed else None
 
     def _place_embedding(self, *, home: bool = False) -> None:
         table = self.model.embed_tokens.weight
@@ -130,12 +144,13 @@ class Fused:
             table.data = table.data.cpu().pin_memory()
 
     def change(self, keep: bool, recompute: Recompute) -> None:
-        """Go on with other settings from the next row on, and without held layers."""
-        self.recompute, self.keep, self.held = recompute, keep, 0
+        """Go on with other settings from the next row on, without held layers and graphs."""
+        self.recompute, self.keep, self.held, self.replayed = recompute, keep, 0, 0
         self._hold()
 
     def close(self) -> None:
         """Put back what was moved."""
+        self.graphs = None
         self._place_embedding(home=True)
 
     def __call__(self, *, input_ids: Tensor, position_ids: Tensor, borders: list[int], **_: Any) -> SimpleNamespace:
@@ -143,20 +158,38 @@ class Fused:
         if self.state != _adapter_state(self.layers):  # adapters switched on or off since
             self._plan()
         self._place_embedding()  # accelerate brings a base without 4-bit weights back whole
+        T = input_ids.shape[1]
+        graphs = self.graphs if torch.is_grad_enabled() and self.model.training else None
+        if graphs and not graphs.takes(T, len(borders) - 1):
+            graphs = None
+        whole = -(-T // ROUND) * ROUND
+        borders = graphs.padded(borders) if graphs else [*borders, whole] if whole > T else borders
+        more = borders[-1] - T
+        x = gather_rows(self.model.embed_tokens.weight, F.pad(input_ids[0], (0, more)))
+        row = self._row(x, F.pad(position_ids, (0, more)), borders)
+        return SimpleNamespace(last_hidden_state=self._hidden(graphs, x, row)[None, :T])
+
+    def _hidden(self, graphs: Graphs | None, x: Tensor, row: Row) -> Tensor:
+        if graphs:
+            try:
+                return graphs(x, row)
+            except Uncapturable as reason:
+                sys.stderr.write(f"no CUDA graphs: {reason}; going on without\n")
+                self.graphs = None
+        return self._stack(x, row)
+
+    def _stack(self, x: Tensor, row: Row) -> Tensor:
+        """All layers and the final norm."""
         if self.masters:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, self.masters)
-        T = input_ids.shape[1]
-        more = -T % ROUND
-        x = gather_rows(self.model.embed_tokens.weight, F.pad(input_ids[0], (0, more)))
-        row = self._row(x, F.pad(position_ids, (0, more)), [*borders, T + more] if more else borders)
-        x, residual = self._layers(x, row)
-        return SimpleNamespace(last_hidden_state=_norm(x, residual, self.model.norm)[0][None, :T])
+        return _norm(*self._layers(x, row), self.model.norm)[0]
 
     def _row(self, x: Tensor, position_ids: Tensor, borders: list[int]) -> Row:
         cos, sin = self.model.rotary_emb(x[None], position_ids)
-        # above 2^32, so that the kernel is compiled for one width of seeds
-        seed = int(torch.randint(2**32, 2**62, ()))
+        seed = torch.randint(2**62, (1,))
+        if x.is_cuda:
+            seed = seed.pin_memory().to(x.device, non_blocking=True)
         return Row(Documents.of(cos[0], sin[0], borders), seed, self.model.training, Offload(self.stream))
 
     def _layers(self, x: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:
@@ -173,7 +206,7 @@ class Fused:
 
     def _pass(self, row: Row, index: int, place: int, lean: bool = False, discard: bool = False) -> Pass:
         dropout = self.groups[index][place].dropout if row.dropping else 0.0
-        return Pass(self.scratch, dropout, row.seed + 4 * index + place, lean, discard)
+        return Pass(self.scratch, dropout, row.seed, 4 * index + place, lean, discard)
 
     def _layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         """(what the layer adds, the residual it adds to); x likewise belongs onto `residual`."""
@@ -196,24 +229,20 @@ class Fused:
         return down(gate_up(y, self._pass(row, index, 2)), self._pass(row, index, 3, discard=again)), h
 
     def _recomputed_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
-        rest = partial(self._from_norm, row, index)
-        return self._recomputed(x, residual, self.model.layers[index].input_layernorm, rest)
+        rest, groups = partial(self._from_norm, row, index), self.groups[index]
+        return _recomputed(x, residual, self.model.layers[index].input_layernorm, rest, groups)
 
     def _offloaded_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
-        layer, attend, mlp = (
+        layer, groups, attend, mlp = (
             self.model.layers[index],
+            self.groups[index],
             partial(self._attention, row, index),
             partial(self._mlp, row, index),
         )
-        x, residual = self._recomputed(x, residual, layer.input_layernorm, attend, row.offload)
+        x, residual = _recomputed(x, residual, layer.input_layernorm, attend, groups[:2], row.offload)
         if index == len(self.groups) - 1:  # as for a last layer
             return self._mlp(row, index, *_norm(x, residual, layer.post_attention_layernorm))
-        return self._recomputed(x, residual, layer.post_attention_layernorm, mlp, row.offload)
-
-    def _recomputed(self, x: Tensor, residual: Tensor | None, *what: Any) -> tuple[Tensor, Tensor]:
-        trained = self.masters[0] if self.masters else None  # the first layer's input asks for no gradient
-        found: tuple[Tensor, Tensor] = _Recomputed.apply(x, residual, trained, *what)
-        return found
+        return _recomputed(x, residual, layer.post_attention_layernorm, mlp, groups[2:], row.offload)
 
     def _selective_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         """As `_layer`; norms and the gate-up product are made again when the backward asks for them."""
@@ -263,11 +292,10 @@ class _Recomputed(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, trained: Tensor | None, norm: Any, rest: Any,
-        offload: Offload | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any, x: Tensor, residual: Tensor | None, norm: Any, rest: Any, offload: Offload | None, *masters: Tensor
+    ) -> tuple[Tensor, Tensor]:
         y, h = _norm(x, residual, norm)
-        ctx.norm, ctx.rest, ctx.offload, ctx.device = norm, rest, offload, h.device
+        ctx.norm, ctx.rest, ctx.offload, ctx.device, ctx.masters = norm, rest, offload, h.device, masters
         if offload:
             ctx.place = offload.send(h)
         else:
@@ -282,9 +310,19 @@ class _Recomputed(Function):
         with torch.enable_grad():
             found = ctx.rest(*_norm(h, None, ctx.norm), again=True)
         asked = [y.requires_grad for y in found]
-        if any(asked):
-            torch.autograd.backward(tuple(compress(found, asked)), tuple(compress(grads, asked)))
-        return h.grad, h.grad if ctx.needs_input_grad[1] else None, None, None, None, None
+        to = [h, *ctx.masters] if h.requires_grad else list(ctx.masters)
+        got = torch.autograd.grad(tuple(compress(found, asked)), to, tuple(compress(grads, asked))) if to else ()
+        to_h = got[0] if h.requires_grad else None
+        return to_h, to_h if ctx.needs_input_grad[1] else None, None, None, None, *got[h.requires_grad :]
+
+
+def _recomputed(
+    x: Tensor, residual: Tensor | None, norm: Any, rest: Any, groups: Sequence[Group], offload: Offload | None = None
+) -> tuple[Tensor, Tensor]:
+    """As `rest` after the norm; `groups` are those it passes."""
+    masters = [master for group in groups for master in group.masters]
+    found: tuple[Tensor, Tensor] = _Recomputed.apply(x, residual, norm, rest, offload, *masters)
+    return found
 
 
 def _norm(x: Tensor, residual: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:

@@ -52,11 +52,17 @@ class Pass(NamedTuple):
 
     scratch: Tensor
     p: float
-    seed: int
+    seed: Tensor
+    """int64 [1]."""
+    place: int
+    """Of this product in the row: added to the seed."""
     lean: bool = False
     """Save x itself, which somebody else keeps or can make again, rather than dropout(x)."""
     discard: bool = False
     """Nobody reads the output: it is recomputed for what it saves."""
+
+    def dropout(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, self.seed, self.place)
 
 
 class Group:
@@ -163,7 +169,7 @@ class Group:
             y = self._nothing(x) if how.discard else self._with_bias(self.product(self.input(x), how.scratch, None))
             return y, None, None
         inner = self.input(x)
-        dropped = dropout(inner, how.p, how.seed)
+        dropped = how.dropout(inner)
         h_TR = _scaled(dropped, self.a.t(), self.scaling)
         if how.discard:
             return self._nothing(x), dropped, h_TR
@@ -231,14 +237,14 @@ class _Linear(Function):
             dh_TR, db = group.adapter_grads(grad, h_TR)
             dropped, ctx.dropped = ctx.dropped, None
             if dropped is None:
-                dropped = dropout(group.input(x), how.p, how.seed) if ctx.again else x
+                dropped = how.dropout(group.input(x)) if ctx.again else x
             da = _float32_product(torch.mm, dh_TR.t(), dropped)
             del dropped
             for (_, ranks, _), each in zip(group.parts, db, strict=True):
                 grads += [da[ranks], each]
         dx = None
         if ctx.needs_input_grad[0]:
-            onto = None if dh_TR is None or not how.p else dropout(dh_TR @ group.a, how.p, how.seed)
+            onto = None if dh_TR is None or not how.p else how.dropout(dh_TR @ group.a)
             dx = group.product(grad, how.scratch, onto, back=True)
             if dh_TR is not None and onto is None:
                 dx.addmm_(dh_TR, group.a)

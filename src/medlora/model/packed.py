@@ -21,7 +21,7 @@ from medlora.kernels import cpu
 from medlora.kernels.attention import by_document
 from medlora.kernels.cross_entropy import linear_cross_entropy
 from medlora.model.base import FAMILIES
-from medlora.model.fused import Fused, Recompute
+from medlora.model.fused import Fused
 from medlora.model.group import Unfusable
 
 ATTENTION = "medlora_varlen"
@@ -47,14 +47,12 @@ def unfused(model: Any, fp8: bool = False) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _fused(
-    model: Any, keep: bool = False, recompute: Recompute = "none", fp8: bool = False, held: int = 0
-) -> Fused | str:
+def _fused(model: Any, **how: Any) -> Fused | str:
     causal = causal_of(model)
     if causal.lm_head.weight.device.type != "cuda":
         return "the fused layers are for a GPU"
     try:
-        return Fused(causal, keep, recompute, fp8, held)
+        return Fused(causal, **how)
     except Unfusable as reason:
         return str(reason)
 
@@ -114,27 +112,18 @@ def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def packing(
-    model: Any,
-    fuse: bool | None = None,
-    *,
-    keep: bool = False,
-    recompute: Recompute = "none",
-    fp8: bool = False,
-    held: int = 0,
-) -> Iterator[Fused | None]:
+def packing(model: Any, fuse: bool | None = None, **how: Any) -> Iterator[Fused | None]:
     """Route packed rows through medlora's kernels, yielding the fused layers where they serve; put everything back
     at the end.
 
     Args:
         fuse: whether the fused layers serve; by default on a GPU, where the model allows it.
-        keep, recompute, fp8, held: how the fused layers compute; see `Fused`.
+        how: how the fused layers compute; see `Fused`.
 
     Raises:
         Unfusable: `fuse` is true and the model does not allow it.
     """
-    how = (keep, recompute, fp8, held)
-    fused = _fused(model, *how) if fuse is None else Fused(causal_of(model), *how) if fuse else "not asked for"
+    fused = _fused(model, **how) if fuse is None else Fused(causal_of(model), **how) if fuse else "not asked for"
     if isinstance(fused, str):
         with _unfused_packing(model):
             yield None

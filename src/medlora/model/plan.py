@@ -14,20 +14,29 @@ out. Seconds rank the settings and promise nothing: products at an H200's rate, 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import psutil
+import torch
 
 from medlora.data.prompts import Example
 from medlora.kernels.dispatch import next_power_of_2
-from medlora.model.fused import ROUND, Recompute
+from medlora.model.fused import Recompute
+from medlora.model.graphs import ROUND
 from medlora.recipe import Recipe
 
 GIB = 2**30
 CHUNK = 1024  # rows of logits at once
+WORKSPACE = 2**25  # bytes that cuBLAS takes on Hopper for a stream
 SLACK = 1.04  # what the allocator holds beyond what it has given out
 PROCESS = 0.7e9  # the interpreter and its libraries, which share a CPU's memory
 FLOPS, BANDWIDTH = 6.5e14, 3.4e12  # of products, and bytes a second
 MULTIPROCESSORS = 132  # of an H100 or H200
+RATES = {(8, 0): 2.2e12, (9, 0): 5e12, (10, 0): 1e13, (10, 3): 1e13}
+"""Products a second of one multiprocessor, by compute capability; elsewhere, on cards for workstations, `RATE`."""
+RATE = 1e12
 HOST, ROW = 0.1, 0.01  # seconds that the host spends on a row, and that a further row costs at least
+REPLAYED = 0.3  # seconds of products up to which a row is replayed: a slow host takes as long to launch it
 STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
 """Bytes of optimizer state a weight on the device."""
 OPTIM_SECONDS = {"adamw_torch": 0.02, "adamw_8bit": 0.01, "paged_adamw_32bit": 0.1, "paged_adamw_8bit": 0.05}
@@ -110,32 +119,44 @@ class Work:
     """Of the largest step."""
     longest: int
     """Tokens of the longest row."""
+    shortest: int = 0
+    """Tokens of the smallest step."""
     width: int = 2
     """Bytes of the compute dtype."""
     on_gpu: bool = True
     host: float = math.inf
     """Bytes of host memory that are free."""
+    flops: float = FLOPS
+    """Of the device's products, a second."""
 
     @classmethod
     def of(
         cls,
         recipe: Recipe,
         train: Sequence[Example] = (),
-        *,
-        width: int = 2,
-        on_gpu: bool = True,
-        host: float = math.inf,
+        **device: Any,
     ) -> "Work":
         """The largest step that the rows can make; without rows, one of rows of full length."""
         samples = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
         lengths = sorted((len(row.input_ids) for row in train), reverse=True) or [recipe.data.max_length] * samples
-        tokens, longest = sum(lengths[:samples]), lengths[0]
-        return cls(recipe=recipe, tokens=tokens, longest=longest, width=width, on_gpu=on_gpu, host=host)
+        tokens, shortest = sum(lengths[:samples]), sum(lengths[-samples:])
+        return cls(recipe=recipe, tokens=tokens, longest=lengths[0], shortest=shortest, **device)
 
     @property
     def samples(self) -> int:
         training = self.recipe.training
         return training.per_device_train_batch_size * training.gradient_accumulation_steps
+
+
+class Replay(NamedTuple):
+    """What CUDA graphs may take."""
+
+    limit: int
+    """Tokens of the longest row that gains by it."""
+    fixed_bytes: float
+    """Of gradients that stay and of another stream's workspace."""
+    token_bytes: float
+    """Of what goes in and out, a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +180,16 @@ class Plan:
     layers: int = 0
     held: int = 0
     """The last layers that keep their activations all the same."""
+    replay: "Replay | None" = None
+    replayed: int = 0
+    """Tokens of the longest row that is replayed as a CUDA graph: all rows, or 0 for none."""
 
     def describe(self, capacity: int) -> str:
         base = ", base kept dequantised" if self.keep else ""
         rows = f"{self.rows} row{'s' * (self.rows > 1)} of up to {self.row_tokens:,} tokens a step"
         held = f" but of the last {self.held}" if self.held else ""
-        line = f"{rows}, {WORDS[self.recompute]}{held}{base}, {self.optim}"
+        graphs = ", as CUDA graphs" if self.replayed else ""
+        line = f"{rows}, {WORDS[self.recompute]}{held}{base}{graphs}, {self.optim}"
         line += f"; predicted peak {self.peak_bytes / GIB:.1f} of {capacity / GIB:.1f} GiB"
         return line if self.fits(capacity) else f"{line}, which may not fit"
 
@@ -173,10 +198,11 @@ class Plan:
 
     def grown(self, capacity: int, tokens: int) -> "Plan":
         """With rows as long as `capacity` bytes allow, up to `tokens`: steps smaller than the largest take fewer."""
+        tokens = min(tokens, self.replay.limit) if self.replay and self.replayed else tokens
         more = int((capacity - self.peak_bytes) / self.token_bytes) // ROUND * ROUND
         more = max(0, min(more, tokens - self.row_tokens))
-        peak = self.peak_bytes + int(more * self.token_bytes)
-        return replace(self, row_tokens=self.row_tokens + more, peak_bytes=peak)
+        peak, replayed = self.peak_bytes + int(more * self.token_bytes), self.replayed and self.replayed + more
+        return replace(self, row_tokens=self.row_tokens + more, peak_bytes=peak, replayed=replayed)
 
     def holding(self, capacity: int) -> "Plan":
         """With as many layers held as `capacity` bytes allow."""
@@ -184,19 +210,33 @@ class Plan:
         held = min(self.layers, max(0, int((capacity - self.peak_bytes) / layer))) if layer else 0
         return replace(self, held=held, peak_bytes=self.peak_bytes + int(held * layer))
 
+    def replaying(self, capacity: int) -> "Plan":
+        """With all rows as CUDA graphs, if `capacity` bytes allow it: longer ones, which the host keeps up with, lose
+        little by being cut where the base is not dequantised for each."""
+        if not self.replay or (self.row_tokens > self.replay.limit and not self.keep):
+            return self
+        limit, fixed, more = self.replay
+        tokens, token = min(self.row_tokens, limit), self.token_bytes + more
+        peak = int(self.peak_bytes - self.row_tokens * self.token_bytes + fixed + tokens * token)
+        rows = -(-self.rows * self.row_tokens // tokens)
+        found = replace(self, rows=rows, row_tokens=tokens, token_bytes=token, peak_bytes=peak, replayed=tokens)
+        return found if found.fits(capacity) else self
+
 
 def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> Plan:
     """The plan of one setting."""
     cut = max(work.longest, -(-work.tokens // rows))
     tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
-    token = _token_bytes(shape, work, recompute, tokens)
+    replay = _replay(shape, work, recompute, rows)
+    documents = work.samples if replay or rows == 1 else max(1, tokens // work.longest)
+    token = _token_bytes(shape, work, recompute, documents)
     seconds = _seconds(shape, work, rows, recompute, keep, optim)
     # as for the base: who asks for recomputation gets it in every layer
     free = work.on_gpu and recompute in ("full", "offload") and work.recipe.training.gradient_checkpointing is not True
     held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute) if free else 0.0
     peak = int(fixed + tokens * token)
-    return Plan(rows, tokens, recompute, keep, optim, peak, token, seconds, held, shape.layers)
+    return Plan(rows, tokens, recompute, keep, optim, peak, token, seconds, held, shape.layers, replay=replay)
 
 
 def base_bytes(shape: Shape, work: Work, recompute: Recompute, keep: bool) -> float:
@@ -208,21 +248,45 @@ def base_bytes(shape: Shape, work: Work, recompute: Recompute, keep: bool) -> fl
     fp8 = widest * (1 + work.width) if work.recipe.training.fp8 else 0  # codes and a transposed copy, on the way
     dequantised = work.width * shape.linear_weights if keep else work.width * widest + fp8
     away = shape.vocab * shape.hidden * (recompute == "offload" and not shape.tied)
-    return linear + (shape.head_weights - away) * work.width + (dequantised if work.on_gpu else PROCESS)
+    return linear + (shape.head_weights - away) * work.width + (dequantised + WORKSPACE if work.on_gpu else PROCESS)
+
+
+def resources(device: torch.device, width: int) -> dict[str, Any]:
+    """What `Work` asks of this machine, for a compute dtype of `width` bytes."""
+    found = {"width": width, "on_gpu": device.type == "cuda", "host": psutil.virtual_memory().available}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found["flops"] = card.multi_processor_count * RATES.get((card.major, card.minor), RATE)
+    return found
+
+
+def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int) -> Replay | None:
+    asked = work.on_gpu and work.recipe.training.cuda_graphs
+    limit = int(REPLAYED / _token_seconds(shape, work, recompute)) // ROUND * ROUND
+    if not asked or limit < max(work.shortest / rows, work.longest):
+        return None
+    head_size = shape.modules["q_proj"][0] // shape.heads
+    gradients = 0 if recompute == "offload" else 4 * _trained(shape, work)  # counted there already
+    return Replay(limit, gradients + WORKSPACE, 2 * work.width * (shape.hidden + head_size))
+
+
+def _trained(shape: Shape, work: Work) -> int:
+    return shape.lora_weights(work.recipe.lora.r, work.recipe.lora.target_modules)
 
 
 def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str) -> float:
     """Bytes of what is trained and how, and of a chunk of logits."""
-    trained = shape.lora_weights(work.recipe.lora.r, work.recipe.lora.target_modules)
+    trained, logits = _trained(shape, work), work.width * CHUNK * shape.vocab
     copies = work.width if work.on_gpu else 0
-    late = 4 if recompute == "offload" else 0  # at the end of a step, where its peak is, all gradients are there
-    return trained * (4 + STATE[optim] + copies + late) + work.width * CHUNK * shape.vocab
+    # at the end of such a step, where its peak is, all gradients are there, and no logits
+    late = max(4 * trained, logits) if recompute == "offload" else logits
+    return trained * (4 + STATE[optim] + copies) + late
 
 
-def _token_bytes(shape: Shape, work: Work, recompute: Recompute, tokens: int) -> float:
+def _token_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) -> float:
     kept = shape.layers * _layer_bytes(shape, work, recompute)
     attention, mlp = _half_bytes(shape, work)
-    at_attention, at_mlp = _work_bytes(shape, work, recompute, tokens)
+    at_attention, at_mlp = _work_bytes(shape, work, recompute, documents)
     if recompute == "offload":  # a half at a time, and the input of the next on the device
         return max(attention + at_attention, mlp + at_mlp) + work.width * shape.hidden
     if recompute == "full":
@@ -269,8 +333,8 @@ def _half_bytes(shape: Shape, work: Work) -> tuple[float, float]:
     return work.width * attention + 4 * shape.heads + 4, work.width * mlp + 4
 
 
-def _work_bytes(shape: Shape, work: Work, recompute: Recompute, tokens: int) -> tuple[float, float]:
-    """Bytes a token that the backward passes of attention and MLP have at work in a row of `tokens`. Attention:
+def _work_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) -> tuple[float, float]:
+    """Bytes a token that the backward passes of attention and MLP have at work in a row of `documents`. Attention:
     gradients of its output, of the sum, of q, k and v, and dq in float32 once for each share of a document that the
     flash kernel adds up in order, for grouped heads k's and v's of every query head. MLP: that of SwiGLU's output, once
     more before dropout, that of the sum, and what is made again."""
@@ -278,7 +342,6 @@ def _work_bytes(shape: Shape, work: Work, recompute: Recompute, tokens: int) -> 
     twice = lora.lora_dropout > 0 and "down_proj" in shape.targets(lora.target_modules)
     F = shape.intermediate * (1 + twice + 2 * (recompute == "selective"))
     heads, kv = m["o_proj"][1], 2 * m["k_proj"][0]
-    documents = max(1, tokens // work.longest)
     ordered = 4 * heads * -(-MULTIPROCESSORS // (documents * shape.heads))
     grouped = 2 * heads * (shape.heads != shape.kv_heads)
     attention = work.width * (2 * heads + kv + grouped + 2 * shape.hidden) + ordered
@@ -286,20 +349,29 @@ def _work_bytes(shape: Shape, work: Work, recompute: Recompute, tokens: int) -> 
 
 
 def _seconds(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> float:
-    forward = 2 * shape.linear_weights
+    again = _again(shape, recompute)
+    products = work.tokens * _token_seconds(shape, work, recompute) * (1.02 if recompute == "offload" else 1)
+    bytes_a_weight = 6 if work.recipe.training.fp8 else 2.5
+    dequantised = 0.0 if keep else rows * (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
+    host = rows * HOST * (1 + 0.5 * (recompute != "none") + 0.2 * (recompute == "offload") + 0.1 * (not keep))
+    return max(products + dequantised, host) + rows * ROW + OPTIM_SECONDS.get(optim, 0.0)
+
+
+def _token_seconds(shape: Shape, work: Work, recompute: Recompute) -> float:
+    """Of the products with the frozen weights, forward and backward."""
+    rate = work.flops * (1.7 if work.recipe.training.fp8 else 1)
+    return 2 * shape.linear_weights * (2 + _again(shape, recompute)) / rate
+
+
+def _again(shape: Shape, recompute: Recompute) -> float:
+    """The share of the forward products that the backward pass repeats."""
     share = {name: n * d * shape.layers / shape.linear_weights for name, (n, d) in shape.modules.items()}
-    again = {
+    return {
         "none": 0.0,
         "selective": 2 * share["up_proj"],
         "full": 1 - share["down_proj"],
         "offload": 1 - share["down_proj"] - share["o_proj"],
     }[recompute]
-    rate = FLOPS * (1.7 if work.recipe.training.fp8 else 1)
-    products = work.tokens * forward * (2 + again) / rate * (1.02 if recompute == "offload" else 1)
-    bytes_a_weight = 6 if work.recipe.training.fp8 else 2.5
-    dequantised = 0.0 if keep else rows * (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
-    host = rows * HOST * (1 + 0.5 * (recompute != "none") + 0.2 * (recompute == "offload") + 0.1 * (not keep))
-    return max(products + dequantised, host) + rows * ROW + OPTIM_SECONDS.get(optim, 0.0)
 
 
 def plans(shape: Shape, work: Work) -> list[Plan]:
@@ -330,13 +402,13 @@ def _optims(work: Work) -> tuple[str, ...]:
 
 
 def choose(found: Sequence[Plan], capacity: int) -> Plan:
-    """The fastest plan that fits `capacity` bytes, its rows as long as they may be and then its held layers as many;
-    where none does, the smallest."""
+    """The fastest plan that fits `capacity` bytes, with CUDA graphs if they do too, its rows as long as they may be and
+    then its held layers as many; where none does, the smallest."""
     fitting = [plan for plan in found if plan.fits(capacity)]
     if not fitting:
         return min(found, key=lambda plan: plan.peak_bytes)
     longest = max(plan.row_tokens for plan in found if plan.recompute == fitting[0].recompute)
-    return fitting[0].grown(capacity, longest).holding(capacity)
+    return fitting[0].replaying(capacity).grown(capacity, longest).holding(capacity)
 
 
 def fall_back(found: Sequence[Plan], plan: Plan) -> Plan | None:

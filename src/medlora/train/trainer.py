@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
@@ -23,7 +22,7 @@ from medlora.errors import ModelError, RecipeError
 from medlora.model.fused import Fused
 from medlora.model.load import compute_dtype
 from medlora.model.packed import Batch, pack, packed_loss, packing, split, unfused, unsupported
-from medlora.model.plan import Plan, Shape, Work, capacity_of, choose, fall_back, plans
+from medlora.model.plan import Plan, Shape, Work, capacity_of, choose, fall_back, plans, resources
 from medlora.recipe import Recipe
 
 
@@ -64,8 +63,7 @@ def choose_engine(model: Any, recipe: Recipe, train: Sequence[Example] = ()) -> 
     if slower:
         on_gpu = model.device.type == "cuda"
         return Engine(True, f"{why}; Transformers' layers rather than fused ones, since {slower}" if on_gpu else why)
-    width, host = model.get_input_embeddings().weight.element_size(), psutil.virtual_memory().available
-    work = Work.of(recipe, train, width=width, host=host)
+    work = Work.of(recipe, train, **resources(model.device, model.get_input_embeddings().weight.element_size()))
     return Engine(True, why, tuple(plans(Shape.of(model.config), work)), fp8, _capacity(recipe, model.device))
 
 
@@ -130,6 +128,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self.plan = smaller
         self.fused.change(smaller.keep, smaller.recompute)
         if torch.cuda.is_available():
+            torch.cuda.synchronize()  # copies may still be under way to memory that is free now
             torch.cuda.empty_cache()
         sys.stderr.write(f"out of memory; going on with {smaller.describe(self.engine.capacity)}\n")
 
@@ -172,9 +171,10 @@ def running(trainer: SFTTrainer) -> Iterator[None]:
     """What must hold while a step is computed."""
     plan = trainer.plan if isinstance(trainer, PackedTrainer) else None
     if plan:
-        fp8 = trainer.engine.fp8
-        how: dict[str, Any] = {"keep": plan.keep, "recompute": plan.recompute, "fp8": fp8, "held": plan.held}
-        with packing(trainer.model, True, **how) as trainer.fused:
+        with packing(
+            trainer.model, True, keep=plan.keep, recompute=plan.recompute, fp8=trainer.engine.fp8, held=plan.held,
+            replayed=plan.replayed, documents=trainer.args.per_device_train_batch_size,
+        ) as trainer.fused:  # fmt: skip
             yield
         return
     with packing(trainer.model) if isinstance(trainer, PackedTrainer) else nullcontext():
