@@ -16,7 +16,7 @@ from medlora.generate.decoder import Decoder, Pass, Span
 from medlora.generate.engine import Engine
 from medlora.generate.request import Request, Token
 from medlora.generate.sampling import Sampling
-from medlora.generate.weights import Half, Unknown
+from medlora.generate.weights import Choice, Half, Unknown
 from medlora.model.adapter import only_to_answer
 
 ADAPTERS = (None, "all", "some")
@@ -136,6 +136,20 @@ def test_company_changes_no_answer_of_a_cpu_in_bfloat16(toy_model: Any) -> None:
     alone = [ids_of(engine.generate([request])[0]) for request in requests]
     engine.cache.forget()
     assert [ids_of(tokens) for tokens in engine.generate(requests)] == alone
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="this CPU has no FBGEMM")
+def test_a_row_s_product_in_bfloat16_is_the_same_in_any_company(toy_model: Any) -> None:
+    decoder = Decoder(copy.deepcopy(toy_model).bfloat16())
+    decoder.refresh()
+    slot = decoder.adapters.index("all")
+    with torch.inference_mode():
+        for product in decoder.projections[:4]:
+            x = torch.randn(60, product.a.shape[2]).bfloat16()
+            for rows in (1, 3, 5):  # of a float32 product these come out another way than sixty
+                choices = [Choice([slot] * n, torch.full((n,), slot), step=True) for n in (rows, 60)]
+                apart = [product(part, choices[0]) for part in x.split(rows)]
+                assert torch.equal(torch.cat(apart), product(x, choices[1]))
 
 
 def test_a_hundred_mixed_prompts_give_each_what_it_gets_alone(engine: Engine) -> None:

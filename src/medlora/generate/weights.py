@@ -5,7 +5,8 @@ float32 product of one row runs at the speed of memory on one core; weights that
 (NF4 values and anything that came from bfloat16, which is to say nearly every base) are kept in float16 and multiplied
 in float32 by FBGEMM, which halves the bytes and uses every core. The sums stay float32. It takes half the time of a
 bfloat16 product of few rows too, so a CPU with those keeps both forms of a small model: one for prompts, one for steps
-of any size, since what a row gets must not depend on its company.
+of any size. What a row gets must not depend on its company, which of a CPU's products only FBGEMM's keeps: steps have
+adapters in float16 too, whose rounding is an eighth of bfloat16's.
 
 Codes, plain weights and adapters that nobody trains are laid side by side once, and the modules' own tensors become
 views of that: no second copy.
@@ -133,6 +134,15 @@ def half(bases: Sequence[Any], bias: Tensor | None) -> Half | None:
     return Half(torch.ops.quantized.linear_prepack_fp16(whole, bias))
 
 
+def stack(bases: Sequence[Any], a: Tensor) -> Half:
+    """Weights with every a below them, so that one product gives what both make of a row."""
+    weights = [base.weight.data.float() for base in bases]
+    bias = (
+        None if bases[0].bias is None else torch.cat([*(base.bias.data.float() for base in bases), a.new_zeros(len(a))])
+    )
+    return Half(torch.ops.quantized.linear_prepack_fp16(torch.cat([*weights, a]), bias))
+
+
 def side_by_side(bases: Sequence[Any]) -> Tensor:
     """[N, D] of plain weights, which become views of it."""
     if len(bases) == 1:
@@ -176,6 +186,7 @@ class Projection:
 
     Args:
         for_steps: whether steps go through float32 and weights of their own in `Half`, where those are exact.
+        stacked: these are such weights.
 
     Raises:
         Unknown: as `weight_of`, or an adapter that is a variant of LoRA or is merged.
@@ -189,13 +200,14 @@ class Projection:
         *,
         gated: bool = False,
         for_steps: bool = False,
+        stacked: bool = False,
     ) -> None:
         bases = [getattr(module, "base_layer", module) for module in modules]
         self.weight, self.gated = weight_of(bases, dtype), gated
         self.for_steps: Projection | None = None
         if for_steps and not isinstance(self.weight, Nf4):
             with suppress(Unknown):
-                self.for_steps = Projection(modules, names, torch.float32, gated=gated)
+                self.for_steps = Projection(modules, names, torch.float32, gated=gated, stacked=True)
         sizes, device = [base.out_features for base in bases], bases[0].weight.device
         found = [[_lora(module, name) for module in modules] for name in names]
         S, G = len(names), len(modules)
@@ -210,6 +222,8 @@ class Projection:
         """Kept weights and below them every a, [N + S G R, D]: one product gives what both make of x."""
         self.block = self.b.new_zeros(S * G * R, sum(sizes)) if S and isinstance(self.weight, Half) else None
         """Every b', each in its module's columns: on a CPU a product costs its call, not its zeros."""
+        self.stacked = bases if stacked and self.block is not None else None
+        self.half_block: Half | None = None
         alike = S == 1 and (device.type == "cuda" or dtype == torch.float32)  # else oneDNN refuses the strides
         self.sizes, self.batched = sizes, _every_nth(found[0], sizes, R) if alike else None
         self.copies: list[tuple[Tensor, Tensor]] = []
@@ -243,6 +257,11 @@ class Projection:
             y = self.for_steps(wide, choice).to(x.dtype)
             return y if residual is None else residual.add_(y)
         x = rms_norm(x, *norm) if norm else x
+        if self.half_block:
+            y, h_TR = self.weight(x).tensor_split([sum(self.sizes)], 1)
+            if adapted:
+                y = self.half_block(h_TR * choice.rows_of(self.factors), y)
+            return gated(y) if self.gated else y
         if adapted and self.wide is not None:
             y, h_TR = F.linear(x, self.wide).tensor_split([sum(self.sizes)], 1)
             self._add(y, h_TR, choice)
@@ -285,6 +304,9 @@ class Projection:
         for to, master in self.copies:
             to.copy_(master.detach())
         self._refresh_wide()
+        if self.stacked and self.block is not None:
+            self.half_block = Half(torch.ops.quantized.linear_prepack_fp16(self.block.t().contiguous(), None))
+            self.weight = stack(self.stacked, self.a.flatten(0, 1))
         if self.for_steps:
             self.for_steps.refresh()
 
