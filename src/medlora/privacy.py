@@ -13,7 +13,6 @@ _DEFAULTS = {
     "DO_NOT_TRACK": "1",
     "WANDB_DISABLED": "true",
     "TRL_EXPERIMENTAL_SILENCE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "TRANSFORMERS_VERBOSITY": "error",

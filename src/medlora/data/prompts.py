@@ -8,7 +8,7 @@ the padding token: the prompt's ids are a prefix of the whole row's ids, and wha
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from medlora.data.sources import Record
 from medlora.errors import DataError, RecipeError
 from medlora.recipe import Prompt
 
+BATCH = 1000  # records that are tokenized at once
 IGNORE = -100  # the label that cross-entropy leaves out
 LLAMA2 = (Path(__file__).parent / "llama2.jinja").read_text(encoding="utf-8")
 _LLAMA2_TURN = re.compile(r"\[INST\](.*?)\[/INST\](.*?)(?=<s>|\[INST\]|$)", re.DOTALL)
@@ -75,46 +76,81 @@ def encode(tokenizer: Tokenizer, records: Sequence[Record], prompt: Prompt) -> l
             template cannot hold.
     """
     return [
-        _encode_text(tokenizer, record, prompt) if record.text is not None else _encode_chat(tokenizer, record, prompt)
-        for record in records
+        example
+        for start in range(0, len(records), BATCH)
+        for example in _encode(tokenizer, records[start : start + BATCH], prompt)
     ]
 
 
-def _encode_text(tokenizer: Tokenizer, record: Record, prompt: Prompt) -> Example:
-    text = record.text or ""
-    if prompt.loss_on == "completion":
-        turns = [(ask.strip(), answer.replace("</s>", "").strip()) for ask, answer in _LLAMA2_TURN.findall(text)]
-        if not turns:
-            raise DataError(
-                f"{record.where}: prompt.loss_on is `completion`, but the text marks no answer ([INST] ... [/INST]); "
-                "set prompt.loss_on=all, or name data.columns.prompt and data.columns.completion"
-            )
-        messages = tuple(pair for ask, answer in turns for pair in (("user", ask), ("assistant", answer)))
-        return _encode_chat(tokenizer, Record(record.where, None, messages, record.group), prompt)
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = list(tokenizer(text, add_special_tokens=not has_bos)["input_ids"])  # never two BOS
-    return _example(record.where, ids, [(0, len(ids))], tokenizer.eos_token_id)
+def _encode(tokenizer: Tokenizer, records: Sequence[Record], prompt: Prompt) -> Iterator[Example]:
+    turns = [_turns(tokenizer, record, prompt) for record in records]
+    texts = [
+        (text, _is_raw(record, prompt))
+        for record, each in zip(records, turns, strict=True)
+        for turn in each
+        for text in turn
+    ]
+    ids = _token_ids(tokenizer, texts)
+    for record, each in zip(records, turns, strict=True):
+        row: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for asked, told in each:
+            before, row = next(ids), next(ids)
+            if row[: len(before)] != before:  # a merge across the border: tokenise as generation will see it
+                row = before + list(tokenizer(told.removeprefix(asked), add_special_tokens=False)["input_ids"])
+            spans.append((len(before), len(row)))
+        spans = [(0, len(row))] if prompt.loss_on == "all" else spans
+        yield _example(record.where, row, spans, tokenizer.eos_token_id)
 
 
-def _encode_chat(tokenizer: Tokenizer, record: Record, prompt: Prompt) -> Example:
+def _token_ids(tokenizer: Tokenizer, texts: Sequence[tuple[str, bool]]) -> Iterator[list[int]]:
+    """Of (text, whether it is raw): raw ones get special tokens, but never two BOS. All at once, which the tokenizer
+    spreads over the cores."""
+    bos = tokenizer.bos_token
+    special = [raw and not (bos and text.startswith(bos)) for text, raw in texts]
+
+    def together(asked: bool) -> Iterator[list[int]]:
+        chosen = [text for (text, _), each in zip(texts, special, strict=True) if each == asked]
+        how = {"add_special_tokens": asked, "return_attention_mask": False}
+        return iter(tokenizer(chosen, **how)["input_ids"] if chosen else [])
+
+    ids = {asked: together(asked) for asked in (False, True)}
+    return (next(ids[each]) for each in special)
+
+
+def _is_raw(record: Record, prompt: Prompt) -> bool:
+    """A text that is learned whole."""
+    return record.text is not None and prompt.loss_on == "all"
+
+
+def _turns(tokenizer: Tokenizer, record: Record, prompt: Prompt) -> list[tuple[str, str]]:
+    """For each answer the text before it and with it; of a raw text that is learned whole, nothing and all of it."""
     from jinja2 import TemplateError
 
-    messages = record.messages
-    ids: list[int] = []
-    spans: list[tuple[int, int]] = []
+    if _is_raw(record, prompt):
+        return [("", record.text or "")]
+    messages = record.messages if record.text is None else _marked(record)
+    answers = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
     try:
-        for turn in (i for i, (role, _) in enumerate(messages) if role == "assistant"):
-            asked = render(tokenizer, messages[:turn], ask=True)
-            told = render(tokenizer, messages[: turn + 1], ask=False)
-            before = list(tokenizer(asked, add_special_tokens=False)["input_ids"])
-            ids = list(tokenizer(told, add_special_tokens=False)["input_ids"])
-            if ids[: len(before)] != before:  # a merge across the border: tokenise as generation will see it
-                ids = before + list(tokenizer(told.removeprefix(asked), add_special_tokens=False)["input_ids"])
-            spans.append((len(before), len(ids)))
+        return [
+            (render(tokenizer, messages[:i], ask=True), render(tokenizer, messages[: i + 1], ask=False))
+            for i in answers
+        ]
     except TemplateError as error:
         raise DataError(f"{record.where}: {error.message}") from None
-    spans = [(0, len(ids))] if prompt.loss_on == "all" else spans
-    return _example(record.where, ids, spans, tokenizer.eos_token_id)
+
+
+def _marked(record: Record) -> tuple[tuple[str, str], ...]:
+    """The conversation that a raw text in Llama 2's form marks."""
+    turns = [
+        (ask.strip(), answer.replace("</s>", "").strip()) for ask, answer in _LLAMA2_TURN.findall(record.text or "")
+    ]
+    if not turns:
+        raise DataError(
+            f"{record.where}: prompt.loss_on is `completion`, but the text marks no answer ([INST] ... [/INST]); "
+            "set prompt.loss_on=all, or name data.columns.prompt and data.columns.completion"
+        )
+    return tuple(pair for ask, answer in turns for pair in (("user", ask), ("assistant", answer)))
 
 
 def _example(where: str, ids: list[int], spans: list[tuple[int, int]], eos: int) -> Example:

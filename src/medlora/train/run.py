@@ -221,11 +221,14 @@ def _measure(recipe: Recipe, corpus: Corpus, assistant: Assistant, side: str, *,
     assistant.model.eval()
     prompts = recipe.generation.prompts
     with bar(f"Answers, {side}", len(prompts)) as progress:
-        measured["answers"] = []
-        for prompt in prompts:
-            answer = assistant.ask(prompt, settings, tuned=tuned)
-            measured["answers"].append({"prompt": prompt, "answer": answer.text, "finished": answer.finished})
-            progress.advance(1, f"{answer.tokens / answer.seconds:.0f} tokens/s")
+        answers = assistant.answer_many([[("user", prompt)] for prompt in prompts], settings, tuned=tuned)
+        measured["answers"] = [
+            {"prompt": prompt, "answer": answer.text, "finished": answer.finished}
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        if answers:
+            rate = sum(answer.tokens for answer in answers) / max(answer.seconds for answer in answers)
+            progress.advance(len(answers), f"{rate:.0f} tokens/s")
     return measured
 
 
