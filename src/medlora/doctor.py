@@ -10,6 +10,7 @@ from medlora import assets
 from medlora.errors import RecipeError
 from medlora.model.base import FAMILIES, load_config
 from medlora.model.load import compute_dtype, device
+from medlora.model.memory import free_bytes
 from medlora.model.plan import Shape, Work, capacity_of, choose, plans, resources, table
 from medlora.recipe import Base, Recipe
 from medlora.train.manifest import versions
@@ -35,10 +36,6 @@ def examine() -> dict[str, Any]:
         },
         "can_train": [{"model": shape.name, "estimated_bytes": needed, "fits": fit} for shape, needed, fit in fits],
     }
-
-
-def free_bytes(on: torch.device) -> int:
-    return int(torch.cuda.mem_get_info(on)[0] if on.type == "cuda" else psutil.virtual_memory().available)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:

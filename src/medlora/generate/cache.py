@@ -13,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -159,11 +158,3 @@ class Cache:
 def _root(slot: int) -> int:
     """What stands before a first block: no block's number, another for each adapter."""
     return -2 - slot
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that could be allocated now."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return int(psutil.virtual_memory().available)

@@ -20,12 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medlora.generate.cache import BLOCK, Cache, free_bytes
+from medlora.generate.cache import BLOCK, Cache
 from medlora.generate.weights import Choice, Nf4, Norm, Projection, Unknown, half, weight_of
 from medlora.kernels.attention import Documents, Tails, attention, flash_takes, tail_attention
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.rope import rope_
 from medlora.model.base import FAMILIES
+from medlora.model.memory import free_bytes
 
 MOVING_ROPE = ("dynamic", "longrope")  # tables that change with the length
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from medlora.errors import ModelError
 from medlora.generate.batch import SHORT, Batch, Step
-from medlora.generate.cache import Cache, free_bytes
+from medlora.generate.cache import Cache
 from medlora.generate.decoder import Decoder, Pass, Span
 from medlora.generate.graph import Steps
 from medlora.generate.request import Request, Row, Token
+from medlora.model.memory import free_bytes
 
 SHARE = 0.6  # of the free memory, for the cache
 

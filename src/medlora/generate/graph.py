@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medlora.generate.cache import BLOCK, Cache, free_bytes
+from medlora.generate.cache import BLOCK, Cache
 from medlora.generate.decoder import Decoder, Span
 from medlora.generate.weights import Choice
 from medlora.kernels.decode_attention import decode_attention, rope_append
 from medlora.kernels.dispatch import ceil_div, next_power_of_2
 from medlora.kernels.nf4_linear import MAX_ROWS
+from medlora.model.memory import free_bytes
 
 WARM_UP = 2  # runs before a capture, in which kernels compile and libraries allocate
 NARROWEST = 8  # blocks of the smallest table

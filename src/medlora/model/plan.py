@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 
 from medlora.data.prompts import Example
 from medlora.kernels.dispatch import next_power_of_2
 from medlora.model.fused import Recompute
 from medlora.model.graphs import ROUND
+from medlora.model.memory import free_bytes
 from medlora.recipe import Recipe
 
 GIB = 2**30
@@ -253,7 +253,7 @@ def base_bytes(shape: Shape, work: Work, recompute: Recompute, keep: bool) -> fl
 
 def resources(device: torch.device, width: int) -> dict[str, Any]:
     """What `Work` asks of this machine, for a compute dtype of `width` bytes."""
-    found = {"width": width, "on_gpu": device.type == "cuda", "host": psutil.virtual_memory().available}
+    found: dict[str, Any] = {"width": width, "on_gpu": device.type == "cuda", "host": free_bytes(torch.device("cpu"))}
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         found["flops"] = card.multi_processor_count * RATES.get((card.major, card.minor), RATE)
