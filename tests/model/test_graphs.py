@@ -7,7 +7,7 @@ import torch
 from test_packed import ALL, documents, gradients, make
 from torch import Tensor
 
-from medlora.model.graphs import Graphs, Uncapturable, rounded
+from medlora.model.graphs import Graphs, Replayed, Uncapturable, rounded
 from medlora.model.packed import pack, packed_loss, packing
 
 gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -23,7 +23,7 @@ STEPS = [
 ]
 
 
-def run(replayed: int, device: str, recompute: Any = "none", dropout: float = 0.3) -> tuple[list[Any], set[int]]:
+def run(tokens: int, device: str, recompute: Any = "none", dropout: float = 0.3) -> tuple[list[Any], set[int]]:
     """Losses of rows and gradients of steps, and which lengths were replayed."""
     shape = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 1024}
     model = make(ALL, lora={"lora_dropout": dropout}, **shape).to(device)
@@ -33,7 +33,8 @@ def run(replayed: int, device: str, recompute: Any = "none", dropout: float = 0.
                 parameter.data = parameter.data.bfloat16()
     torch.manual_seed(5)
     found: list[Any] = []
-    with packing(model, True, recompute=recompute, replayed=replayed, documents=4) as fused:
+    replayed = Replayed(tokens, 4) if tokens else None
+    with packing(model, True, recompute=recompute, replayed=replayed) as fused:
         for step in STEPS:
             for lengths in step:
                 loss = packed_loss(model, pack(documents(lengths)))[0]
@@ -70,7 +71,7 @@ def test_each_replay_drops_anew(device: str) -> None:
 
 def test_a_row_must_come_back_before_the_next() -> None:
     model = make()
-    with packing(model, True, replayed=256, documents=4):
+    with packing(model, True, replayed=Replayed(256, 4)):
         losses: list[Tensor] = [packed_loss(model, pack(documents()))[0] for _ in range(2)]
         with pytest.raises(RuntimeError, match="another row"):
             losses[0].backward()
@@ -93,7 +94,7 @@ def test_what_cannot_be_captured_is_launched(
 
 def test_evaluation_and_a_disabled_adapter_pass_beside_the_graphs() -> None:
     model, batch = make(), pack(documents())
-    with packing(model, True, replayed=256, documents=4):
+    with packing(model, True, replayed=Replayed(256, 4)):
         packed_loss(model, batch)[0].backward()
         expected = gradients(model)
         model.eval()
@@ -105,8 +106,9 @@ def test_evaluation_and_a_disabled_adapter_pass_beside_the_graphs() -> None:
     assert all(torch.equal(grad, expected[name]) for name, grad in gradients(model).items())
 
 
-def test_lengths_waste_an_eighth_at_most() -> None:
-    lengths = {n: rounded(n) for n in range(1, 9000)}
-    assert all(n <= m < max(n + 128, n * 1.125 + 1) and m % 128 == 0 for n, m in lengths.items())
-    assert len({m for m in lengths.values() if 2048 < m <= 4096}) == 8
-    assert rounded(2048) == 2048
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_lengths_waste_a_share_at_most(parts: int) -> None:
+    lengths = {n: rounded(n, parts) for n in range(1, 9000)}
+    assert all(n <= m < max(n + 128, n * (1 + 1 / parts) + 1) and m % 128 == 0 for n, m in lengths.items())
+    assert len({m for m in lengths.values() if 2048 < m <= 4096}) == parts
+    assert rounded(2048, parts) == 2048

@@ -22,7 +22,7 @@ def recipe(*overrides: str) -> Recipe:
 
 
 def work(*overrides: str, tokens: int = 16384, longest: int = 2048) -> Work:
-    return Work(recipe=recipe(*overrides), tokens=tokens, longest=longest, shortest=tokens)
+    return Work(recipe=recipe(*overrides), tokens=tokens, longest=longest)
 
 
 @pytest.mark.parametrize("shape", [{}, {"head_dim": 24, "tie_word_embeddings": True}, {"num_key_value_heads": 4}])
@@ -97,34 +97,41 @@ def test_memory_left_over_holds_layers() -> None:
     assert choose(asked, 140 * GIB).held == 0
 
 
+STEPS = (900, 1100, 1500, 1700, 2300, 4096)
+
+
+def short(*overrides: str, steps: tuple[int, ...] = STEPS, **more: Any) -> Work:
+    return replace(work("training.max_steps=2000", *overrides, tokens=4096, longest=1024), steps=steps, **more)
+
+
 def test_rows_that_the_host_cannot_keep_up_with_are_replayed() -> None:
-    short = replace(work(tokens=4096, longest=1024), shortest=900)
-    kept = predict(LLAMA, short, 1, "none", True, "adamw_torch_fused")
+    kept = predict(LLAMA, short(), 1, "none", True, "adamw_torch_fused")
     chosen = choose([kept], 140 * GIB)
     assert chosen.replayed == chosen.row_tokens == 4096 and ", as CUDA graphs, " in chosen.describe(0)
     assert 0 < chosen.peak_bytes - kept.peak_bytes < GIB
     assert choose([kept], kept.peak_bytes).replayed == 0
     assert choose([kept], chosen.peak_bytes) == chosen
     for other in (
-        replace(short, shortest=16384),  # no step is short
-        replace(short, longest=16384),  # a document that cannot be cut is not
-        replace(short, recipe=recipe("training.cuda_graphs=false")),
-        replace(short, on_gpu=False),
+        short(steps=(4000, 4096)),  # the device is the slower
+        short(flops=FLOPS / 5),
+        short("training.max_steps=20"),  # capturing would take longer than it saves
+        short("training.cuda_graphs=false"),
+        short(on_gpu=False),
     ):
         assert choose(plans(LLAMA, other), 140 * GIB).replayed == 0
 
 
-def test_on_a_slower_card_only_shorter_rows_are_replayed() -> None:
-    slow = replace(work(tokens=4096, longest=1024), shortest=900, flops=FLOPS / 5)
-    for keep, rows, replayed in ((True, 3, 1408), (False, 1, 0)):  # cutting has a price where the base is not kept
-        chosen = choose([predict(LLAMA, slow, 1, "none", keep, "adamw_torch_fused")], 140 * GIB)
-        assert (chosen.rows, chosen.replayed) == (rows, replayed)
+def test_a_shorter_run_captures_fewer_lengths() -> None:
+    found = {
+        steps: predict(SHAPES[0], short(f"training.max_steps={steps}"), 1, "none", True, "adamw_torch_fused").replay
+        for steps in (5, 50, 5000)
+    }
+    assert found[5] is None and found[50] and found[5000] and found[50].parts < found[5000].parts
 
 
 def test_rows_grow_as_far_as_they_are_replayed() -> None:
-    lean = replace(work("training.optim=adamw_8bit", tokens=4096, longest=1024), shortest=900)
-    halved = predict(LLAMA, lean, 2, "offload", False, "adamw_8bit")
-    whole = predict(LLAMA, lean, 1, "offload", False, "adamw_8bit")
+    lean = short("training.optim=adamw_8bit")
+    halved, whole = (predict(LLAMA, lean, rows, "offload", False, "adamw_8bit") for rows in (2, 1))
     tight = halved.peak_bytes + GIB // 8
     chosen = choose([halved, whole], tight)
     assert halved.row_tokens < chosen.row_tokens == chosen.replayed < 4096 and chosen.fits(tight)

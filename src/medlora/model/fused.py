@@ -43,7 +43,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from medlora.kernels.attention import Documents, attention, flash_takes
 from medlora.kernels.embedding import gather_rows
 from medlora.kernels.rms_norm import add_rms_norm
-from medlora.model.graphs import ROUND, Graphs, Uncapturable
+from medlora.model.graphs import ROUND, Graphs, Replayed, Uncapturable
 from medlora.model.group import Group, Pass, Unfusable
 from medlora.model.offload import Offload
 
@@ -70,8 +70,7 @@ class Fused:
         recompute: what a layer keeps.
         held: how many of the last layers keep everything, where the others keep no more than inputs.
         fp8: products of the frozen weights in row-wise FP8.
-        replayed: tokens of the longest row, a multiple of `ROUND`, that is replayed as a CUDA graph; 0 for none.
-        documents: how many a replayed row may have.
+        replayed: rows that are replayed as CUDA graphs.
 
     Raises:
         Unfusable: something in the model that this path does not compute.
@@ -84,11 +83,10 @@ class Fused:
         recompute: Recompute = "none",
         fp8: bool = False,
         held: int = 0,
-        replayed: int = 0,
-        documents: int = 0,
+        replayed: Replayed | None = None,
     ) -> None:
         self.model, config, self.keep, self.fp8, self.held = causal.model, causal.config, keep, fp8, held
-        self.replayed, self.documents = replayed, documents
+        self.replayed = replayed
         self.head: Tensor = causal.lm_head.weight
         self.recompute: Recompute = recompute
         self.dtype: torch.dtype = self.model.embed_tokens.weight.dtype
@@ -133,8 +131,7 @@ class Fused:
             self.scratch = self.scratch[:0].clone()
         self._place_embedding()
         able = self.device.type == "cpu" or flash_takes(self.scratch, self.heads[2])
-        replayed = self.replayed if able and self.masters else 0
-        self.graphs = Graphs(self._stack, every, replayed, self.documents) if replayed else None
+        self.graphs = Graphs(self._stack, every, self.replayed) if self.replayed and able and self.masters else None
 
     def _place_embedding(self, *, home: bool = False) -> None:
         table = self.model.embed_tokens.weight
@@ -145,7 +142,7 @@ class Fused:
 
     def change(self, keep: bool, recompute: Recompute) -> None:
         """Go on with other settings from the next row on, without held layers and graphs."""
-        self.recompute, self.keep, self.held, self.replayed = recompute, keep, 0, 0
+        self.recompute, self.keep, self.held, self.replayed = recompute, keep, 0, None
         self._hold()
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
 """Short rows as CUDA graphs: the forward and the backward pass of each length, captured once and replayed.
 
 A layer is some sixty launches in the two passes, and below a few thousand tokens the device ends each sooner than the
-host asks for the next. Lengths are rounded up to an eighth of their power of two, so that few of them come up: the last
-document is the longer, and nothing reads that. Inputs, outputs and the gradients of what is trained stay in place; all
-graphs share one pool of memory, whose size the longest decides, which is captured first. The loss lies between the two
-passes and takes no part.
+host asks for the next. Lengths are rounded up, to an eighth of their power of two or more, so that few of them come up:
+the last document is the longer, and nothing reads that. Inputs, outputs and the gradients of what is trained stay in
+place; all graphs share one pool of memory, whose size the longest decides, which is captured first. The loss lies
+between the two passes and takes no part.
 
 On a CPU the passes are run instead of replayed, over the same buffers.
 """
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 ROUND = 128
 
 
-def rounded(tokens: int) -> int:
-    """The next multiple of an eighth of the power of two below, and of `ROUND`."""
-    step = max(ROUND, (1 << tokens.bit_length() - 1) // 8)
+def rounded(tokens: int, parts: int) -> int:
+    """The next of the `parts` lengths in an octave that are multiples of `ROUND`."""
+    step = max(ROUND, (1 << tokens.bit_length() - 1) // parts)
     return -(-tokens // step) * step
 
 
@@ -50,6 +50,17 @@ class Uncapturable(Exception):
     """The driver or a library does not let a pass be captured; the message says why."""
 
 
+class Replayed(NamedTuple):
+    """Which rows are."""
+
+    tokens: int
+    """Of the longest, a multiple of `ROUND`."""
+    documents: int
+    """How many it may have."""
+    parts: int = 8
+    """Lengths in an octave, a power of two."""
+
+
 class Captured(NamedTuple):
     forward: Callable[[], None]
     backward: Callable[[], None]
@@ -61,14 +72,11 @@ class Graphs:
     Args:
         stack: (x [T, D], row) -> hidden states [T, D], with gradients for the groups' masters.
         groups: those of all layers; some are trained.
-        tokens: the longest row that is replayed, a multiple of `ROUND`.
-        documents: how many documents it may have.
+        rows: which are replayed.
     """
 
-    def __init__(
-        self, stack: Callable[[Tensor, Row], Tensor], groups: Sequence[Group], tokens: int, documents: int
-    ) -> None:
-        self.stack, self.groups, self.tokens, self.documents = stack, groups, tokens, documents
+    def __init__(self, stack: Callable[[Tensor, Row], Tensor], groups: Sequence[Group], rows: Replayed) -> None:
+        self.stack, self.groups, self.rows = stack, groups, rows
         self.masters = masters = [master for group in groups for master in group.masters]
         self.ready: dict[int, Captured] = {}
         self.turn = 0
@@ -81,12 +89,12 @@ class Graphs:
 
     def takes(self, tokens: int, documents: int) -> bool:
         """Whether a row of so many is replayed."""
-        return tokens <= self.tokens and documents <= self.documents
+        return tokens <= self.rows.tokens and documents <= self.rows.documents
 
     def padded(self, borders: list[int]) -> list[int]:
         """The borders of a longer row, of as many documents as every row has: the rest are empty."""
-        length = min(rounded(borders[-1]), self.tokens)
-        return borders[:-1] + [length] * (self.documents + 2 - len(borders))
+        length = min(rounded(borders[-1], self.rows.parts), self.rows.tokens)
+        return borders[:-1] + [length] * (self.rows.documents + 2 - len(borders))
 
     def __call__(self, x: Tensor, row: Row) -> Tensor:
         """What `stack` gives for a row of `padded` borders, in memory that its backward pass, due before the next
@@ -107,7 +115,7 @@ class Graphs:
     def _make_room(self, x: Tensor, row: Row) -> None:
         """Buffers for rows of every length, and the longest captured after it has been run once: kernels are compiled
         and libraries allocate then."""
-        documents, n = row.documents, self.tokens
+        documents, n = row.documents, self.rows.tokens
         self.x, self.hidden = (x.new_zeros(n, x.shape[1]) for _ in range(2))  # the latter's gradient takes its place
         self.cos, self.sin = (t.new_zeros(n, t.shape[1]) for t in (documents.cos, documents.sin))
         self.starts, self.seed = documents.starts.clone(), row.seed.clone()

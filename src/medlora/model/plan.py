@@ -14,6 +14,7 @@ out. Seconds rank the settings and promise nothing: products at an H200's rate, 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ import torch
 from medlora.data.prompts import Example
 from medlora.kernels.dispatch import next_power_of_2
 from medlora.model.fused import Recompute
-from medlora.model.graphs import ROUND
+from medlora.model.graphs import ROUND, rounded
 from medlora.model.memory import free_bytes
 from medlora.recipe import Recipe
 
@@ -35,8 +36,12 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 RATES = {(8, 0): 2.2e12, (9, 0): 5e12, (10, 0): 1e13, (10, 3): 1e13}
 """Products a second of one multiprocessor, by compute capability; elsewhere, on cards for workstations, `RATE`."""
 RATE = 1e12
-HOST, ROW = 0.1, 0.01  # seconds that the host spends on a row, and that a further row costs at least
-REPLAYED = 0.3  # seconds of products up to which a row is replayed: a slow host takes as long to launch it
+ROW = 0.01  # seconds that a further row costs at least
+# Seconds of a layer's two passes: what a slow host launches them in, what the device takes however short the row, and
+# what capturing them takes; by H100s of virtual machines. LAUNCHES: how many more there are.
+LAUNCH, KERNELS, CAPTURE = 5.2e-3, 0.7e-3, 12e-3
+LAUNCHES = {"none": 1.0, "selective": 1.3, "full": 1.5, "offload": 1.8}
+SHORT = 1.6  # how much longer than its products a short row takes
 STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
 """Bytes of optimizer state a weight on the device."""
 OPTIM_SECONDS = {"adamw_torch": 0.02, "adamw_8bit": 0.01, "paged_adamw_32bit": 0.1, "paged_adamw_8bit": 0.05}
@@ -119,8 +124,8 @@ class Work:
     """Of the largest step."""
     longest: int
     """Tokens of the longest row."""
-    shortest: int = 0
-    """Tokens of the smallest step."""
+    steps: tuple[int, ...] = ()
+    """Tokens of some steps as they may come."""
     width: int = 2
     """Bytes of the compute dtype."""
     on_gpu: bool = True
@@ -138,9 +143,10 @@ class Work:
     ) -> "Work":
         """The largest step that the rows can make; without rows, one of rows of full length."""
         samples = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
-        lengths = sorted((len(row.input_ids) for row in train), reverse=True) or [recipe.data.max_length] * samples
-        tokens, shortest = sum(lengths[:samples]), sum(lengths[-samples:])
-        return cls(recipe=recipe, tokens=tokens, longest=lengths[0], shortest=shortest, **device)
+        lengths = [len(row.input_ids) for row in train] or [recipe.data.max_length] * samples
+        steps = tuple(sum(lengths[i : i + samples]) for i in range(0, len(lengths), samples))
+        lengths.sort(reverse=True)
+        return cls(recipe=recipe, tokens=sum(lengths[:samples]), longest=lengths[0], steps=steps, **device)
 
     @property
     def samples(self) -> int:
@@ -149,10 +155,10 @@ class Work:
 
 
 class Replay(NamedTuple):
-    """What CUDA graphs may take."""
+    """CUDA graphs that are worth being captured, and what they take."""
 
-    limit: int
-    """Tokens of the longest row that gains by it."""
+    parts: int
+    """Lengths in an octave."""
     fixed_bytes: float
     """Of gradients that stay and of another stream's workspace."""
     token_bytes: float
@@ -198,7 +204,6 @@ class Plan:
 
     def grown(self, capacity: int, tokens: int) -> "Plan":
         """With rows as long as `capacity` bytes allow, up to `tokens`: steps smaller than the largest take fewer."""
-        tokens = min(tokens, self.replay.limit) if self.replay and self.replayed else tokens
         more = int((capacity - self.peak_bytes) / self.token_bytes) // ROUND * ROUND
         more = max(0, min(more, tokens - self.row_tokens))
         peak, replayed = self.peak_bytes + int(more * self.token_bytes), self.replayed and self.replayed + more
@@ -211,15 +216,12 @@ class Plan:
         return replace(self, held=held, peak_bytes=self.peak_bytes + int(held * layer))
 
     def replaying(self, capacity: int) -> "Plan":
-        """With all rows as CUDA graphs, if `capacity` bytes allow it: longer ones, which the host keeps up with, lose
-        little by being cut where the base is not dequantised for each."""
-        if not self.replay or (self.row_tokens > self.replay.limit and not self.keep):
+        """With all rows as CUDA graphs, where they are worth it and `capacity` bytes allow it."""
+        if not self.replay:
             return self
-        limit, fixed, more = self.replay
-        tokens, token = min(self.row_tokens, limit), self.token_bytes + more
-        peak = int(self.peak_bytes - self.row_tokens * self.token_bytes + fixed + tokens * token)
-        rows = -(-self.rows * self.row_tokens // tokens)
-        found = replace(self, rows=rows, row_tokens=tokens, token_bytes=token, peak_bytes=peak, replayed=tokens)
+        _, fixed, token = self.replay
+        peak = self.peak_bytes + int(fixed + self.row_tokens * token)
+        found = replace(self, token_bytes=self.token_bytes + token, peak_bytes=peak, replayed=self.row_tokens)
         return found if found.fits(capacity) else self
 
 
@@ -261,13 +263,27 @@ def resources(device: torch.device, width: int) -> dict[str, Any]:
 
 
 def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int) -> Replay | None:
-    asked = work.on_gpu and work.recipe.training.cuda_graphs
-    limit = int(REPLAYED / _token_seconds(shape, work, recompute)) // ROUND * ROUND
-    if not asked or limit < max(work.shortest / rows, work.longest):
+    """CUDA graphs of as many lengths as save most, if the run's steps gain more by them than capturing takes."""
+    if not (work.on_gpu and work.recipe.training.cuda_graphs and work.steps):
+        return None
+    passes = shape.layers * LAUNCHES[recompute]
+
+    def device(tokens: int) -> float:
+        return passes * KERNELS + SHORT * tokens * _token_seconds(shape, work, recompute)
+
+    def saved(parts: int) -> float:
+        cut = [-(-tokens // rows) for tokens in work.steps]
+        replayed = [rounded(tokens, parts) for tokens in cut]
+        each = [max(passes * LAUNCH, device(a)) - device(b) for a, b in zip(cut, replayed, strict=True)]
+        captured = len(set(replayed)) + 2  # and the longest, which is also run once
+        return work.recipe.training.max_steps * rows * mean(each) - captured * passes * CAPTURE
+
+    parts = max((8, 4, 2), key=saved)
+    if saved(parts) <= 0:
         return None
     head_size = shape.modules["q_proj"][0] // shape.heads
     gradients = 0 if recompute == "offload" else 4 * _trained(shape, work)  # counted there already
-    return Replay(limit, gradients + WORKSPACE, 2 * work.width * (shape.hidden + head_size))
+    return Replay(parts, gradients + WORKSPACE, 2 * work.width * (shape.hidden + head_size))
 
 
 def _trained(shape: Shape, work: Work) -> int:
@@ -353,7 +369,7 @@ def _seconds(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bo
     products = work.tokens * _token_seconds(shape, work, recompute) * (1.02 if recompute == "offload" else 1)
     bytes_a_weight = 6 if work.recipe.training.fp8 else 2.5
     dequantised = 0.0 if keep else rows * (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
-    host = rows * HOST * (1 + 0.5 * (recompute != "none") + 0.2 * (recompute == "offload") + 0.1 * (not keep))
+    host = rows * shape.layers * LAUNCHES[recompute] * LAUNCH * (1 + 0.1 * (not keep))
     return max(products + dequantised, host) + rows * ROW + OPTIM_SECONDS.get(optim, 0.0)
 
 

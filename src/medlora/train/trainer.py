@@ -20,6 +20,7 @@ from medlora.data.build import to_dataset
 from medlora.data.prompts import Example, Tokenizer
 from medlora.errors import ModelError, RecipeError
 from medlora.model.fused import Fused
+from medlora.model.graphs import Replayed
 from medlora.model.load import compute_dtype
 from medlora.model.packed import Batch, pack, packed_loss, packing, split, unfused, unsupported
 from medlora.model.plan import Plan, Shape, Work, capacity_of, choose, fall_back, plans, resources
@@ -171,9 +172,12 @@ def running(trainer: SFTTrainer) -> Iterator[None]:
     """What must hold while a step is computed."""
     plan = trainer.plan if isinstance(trainer, PackedTrainer) else None
     if plan:
+        replayed = None
+        if plan.replay and plan.replayed:
+            replayed = Replayed(plan.replayed, trainer.args.per_device_train_batch_size, plan.replay.parts)
         with packing(
             trainer.model, True, keep=plan.keep, recompute=plan.recompute, fp8=trainer.engine.fp8, held=plan.held,
-            replayed=plan.replayed, documents=trainer.args.per_device_train_batch_size,
+            replayed=replayed,
         ) as trainer.fused:  # fmt: skip
             yield
         return
