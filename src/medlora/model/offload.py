@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+AHEAD = 2  # tensors that may be on their way to the host while layers go on
+
 
 class Offload:
     """What one row has sent to the host.
@@ -25,8 +27,8 @@ class Offload:
     def __init__(self, stream: Any, room: list[Tensor] | None = None) -> None:
         self.room = room
         self.host: list[Tensor] = []
-        self.leaving: tuple[Tensor, Any] | None = None
-        """The last tensor sent, and the event of its departure."""
+        self.leaving: list[tuple[Tensor, Any]] = []
+        """The last tensors sent, each with the event of its departure."""
         self.back: dict[int, tuple[Tensor, Any]] = {}
         """Tensors on their way to the device, by their place in `host`, each with the event of its arrival."""
         self.stream = stream
@@ -35,11 +37,12 @@ class Offload:
         """Copy x to the host; what `fetch` takes to bring it back."""
         host = self._host(x)
         if x.is_cuda:
-            self.settle()
+            if len(self.leaving) == AHEAD:
+                self._wait(self.leaving.pop(0)[1])
             self.stream.wait_stream(torch.cuda.current_stream(x.device))
             with torch.cuda.stream(self.stream):
                 host.copy_(x, non_blocking=True)
-                self.leaving = x, self.stream.record_event()
+                self.leaving.append((x, self.stream.record_event()))
         else:
             host.copy_(x)
         self.host.append(host)
@@ -47,11 +50,13 @@ class Offload:
 
     def settle(self) -> None:
         """Have the layers' stream wait for what is under way."""
-        moving = [*self.back.values(), *([self.leaving] if self.leaving else [])]
-        for x, done in moving:
-            if done is not None:
-                torch.cuda.current_stream(x.device).wait_event(done)
-        self.leaving = None
+        for _, done in (*self.back.values(), *self.leaving):
+            self._wait(done)
+        self.leaving.clear()
+
+    def _wait(self, done: Any) -> None:
+        if done is not None:
+            torch.cuda.current_stream(self.stream.device).wait_event(done)
 
     def _host(self, x: Tensor) -> Tensor:
         if self.room is not None and len(self.host) < len(self.room):
@@ -63,10 +68,11 @@ class Offload:
 
     def fetch(self, place: int, device: torch.device) -> Tensor:
         """The tensor again, on `device`; the last one sent first."""
+        if self.leaving:
+            self.settle()
         self._set_out(place, device)
         x, arrived = self.back.pop(place)
-        if arrived is not None:
-            torch.cuda.current_stream(device).wait_event(arrived)
+        self._wait(arrived)
         del self.host[place:]  # layers come back in reverse: nothing after this one is asked for again
         if place:
             self._set_out(place - 1, device)
