@@ -7,7 +7,7 @@ import torch
 from test_packed import ALL, documents, gradients, make
 from torch import Tensor
 
-from medlora.model.graphs import Graphs, Replayed, Uncapturable, rounded
+from medlora.model.graphs import Graphs, Rows, Uncapturable, rounded
 from medlora.model.packed import pack, packed_loss, packing
 
 gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -33,7 +33,7 @@ def run(tokens: int, device: str, recompute: Any = "none", dropout: float = 0.3)
                 parameter.data = parameter.data.bfloat16()
     torch.manual_seed(5)
     found: list[Any] = []
-    replayed = Replayed(tokens, 4) if tokens else None
+    replayed = Rows(tokens, 4) if tokens else None
     with packing(model, True, recompute=recompute, replayed=replayed) as fused:
         for step in STEPS:
             for lengths in step:
@@ -71,7 +71,7 @@ def test_each_replay_drops_anew(device: str) -> None:
 
 def test_a_row_must_come_back_before_the_next() -> None:
     model = make()
-    with packing(model, True, replayed=Replayed(256, 4)):
+    with packing(model, True, replayed=Rows(256, 4)):
         losses: list[Tensor] = [packed_loss(model, pack(documents()))[0] for _ in range(2)]
         with pytest.raises(RuntimeError, match="another row"):
             losses[0].backward()
@@ -94,7 +94,7 @@ def test_what_cannot_be_captured_is_launched(
 
 def test_evaluation_and_a_disabled_adapter_pass_beside_the_graphs() -> None:
     model, batch = make(), pack(documents())
-    with packing(model, True, replayed=Replayed(256, 4)):
+    with packing(model, True, replayed=Rows(256, 4)):
         packed_loss(model, batch)[0].backward()
         expected = gradients(model)
         model.eval()

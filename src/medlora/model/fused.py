@@ -43,7 +43,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from medlora.kernels.attention import Documents, attention, flash_takes
 from medlora.kernels.embedding import gather_rows
 from medlora.kernels.rms_norm import add_rms_norm
-from medlora.model.graphs import ROUND, Graphs, Replayed, Uncapturable
+from medlora.model.graphs import ROUND, Graphs, Rows, Uncapturable
 from medlora.model.group import Group, Pass, Unfusable
 from medlora.model.offload import Offload
 
@@ -83,7 +83,7 @@ class Fused:
         recompute: Recompute = "none",
         fp8: bool = False,
         held: int = 0,
-        replayed: Replayed | None = None,
+        replayed: Rows | None = None,
     ) -> None:
         self.model, config, self.keep, self.fp8, self.held = causal.model, causal.config, keep, fp8, held
         self.replayed = replayed

@@ -50,7 +50,7 @@ class Uncapturable(Exception):
     """The driver or a library does not let a pass be captured; the message says why."""
 
 
-class Replayed(NamedTuple):
+class Rows(NamedTuple):
     """Which rows are."""
 
     tokens: int
@@ -75,7 +75,7 @@ class Graphs:
         rows: which are replayed.
     """
 
-    def __init__(self, stack: Callable[[Tensor, Row], Tensor], groups: Sequence[Group], rows: Replayed) -> None:
+    def __init__(self, stack: Callable[[Tensor, Row], Tensor], groups: Sequence[Group], rows: Rows) -> None:
         self.stack, self.groups, self.rows = stack, groups, rows
         self.masters = masters = [master for group in groups for master in group.masters]
         self.ready: dict[int, Captured] = {}

@@ -82,10 +82,17 @@ class Shape:
         )
 
     @property
+    def widths(self) -> tuple[int, int, int]:
+        """Of a head, of q, of k and v together."""
+        C = self.head_size or self.hidden // self.heads
+        return C, self.heads * C, 2 * self.kv_heads * C
+
+    @property
     def modules(self) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of each linear module of a layer."""
-        D, F, C = self.hidden, self.intermediate, self.head_size or self.hidden // self.heads
-        q, kv = self.heads * C, self.kv_heads * C
+        D, F = self.hidden, self.intermediate
+        _, q, both = self.widths
+        kv = both // 2
         attention = {"q_proj": (q, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, q)}
         return attention | {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
 
@@ -281,9 +288,8 @@ def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int) -> Replay
     parts = max((8, 4, 2), key=saved)
     if saved(parts) <= 0:
         return None
-    head_size = shape.modules["q_proj"][0] // shape.heads
     gradients = 0 if recompute == "offload" else 4 * _trained(shape, work)  # counted there already
-    return Replay(parts, gradients + WORKSPACE, 2 * work.width * (shape.hidden + head_size))
+    return Replay(parts, gradients + WORKSPACE, 2 * work.width * (shape.hidden + shape.widths[0]))
 
 
 def _trained(shape: Shape, work: Work) -> int:
@@ -332,19 +338,17 @@ def _layer_bytes(shape: Shape, work: Work, recompute: Recompute) -> float:
 
 def _narrow(shape: Shape, work: Work) -> int:
     """Elements of the sums, of q, k, v, of attention's output and of the products with LoRA's A."""
-    lora, m = work.recipe.lora, shape.modules
-    qkv = m["q_proj"][0] + 2 * m["k_proj"][0]
-    return 2 * shape.hidden + qkv + m["o_proj"][1] + lora.r * len(shape.targets(lora.target_modules))
+    lora, (_, q, kv) = work.recipe.lora, shape.widths
+    return 2 * shape.hidden + 2 * q + kv + lora.r * len(shape.targets(lora.target_modules))
 
 
 def _half_bytes(shape: Shape, work: Work) -> tuple[float, float]:
     """Bytes that attention and MLP keep of a token, each with its norm, for their backward passes."""
-    D, F, m, lora = shape.hidden, shape.intermediate, shape.modules, work.recipe.lora
+    D, F, (_, q, kv), lora = shape.hidden, shape.intermediate, shape.widths, work.recipe.lora
     targets = set(shape.targets(lora.target_modules))
-    qkv, heads = m["q_proj"][0] + 2 * m["k_proj"][0], m["o_proj"][1]
     first = targets & {"q_proj", "k_proj", "v_proj", "o_proj"}
-    attention = D + qkv + heads + lora.r * len(first) + D * bool(first - {"o_proj"})
-    attention += heads * (lora.lora_dropout > 0 and "o_proj" in first)
+    attention = D + 2 * q + kv + lora.r * len(first) + D * bool(first - {"o_proj"})
+    attention += q * (lora.lora_dropout > 0 and "o_proj" in first)
     mlp = D + 2 * F + lora.r * len(targets - first) + D * bool(targets & {"gate_proj", "up_proj"})
     return work.width * attention + 4 * shape.heads + 4, work.width * mlp + 4
 
@@ -354,13 +358,12 @@ def _work_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) 
     gradients of its output, of the sum, of q, k and v, and dq in float32 once for each share of a document that the
     flash kernel adds up in order, for grouped heads k's and v's of every query head. MLP: that of SwiGLU's output, once
     more before dropout, that of the sum, and what is made again."""
-    lora, m = work.recipe.lora, shape.modules
+    lora, (_, q, kv) = work.recipe.lora, shape.widths
     twice = lora.lora_dropout > 0 and "down_proj" in shape.targets(lora.target_modules)
     F = shape.intermediate * (1 + twice + 2 * (recompute == "selective"))
-    heads, kv = m["o_proj"][1], 2 * m["k_proj"][0]
-    ordered = 4 * heads * -(-MULTIPROCESSORS // (documents * shape.heads))
-    grouped = 2 * heads * (shape.heads != shape.kv_heads)
-    attention = work.width * (2 * heads + kv + grouped + 2 * shape.hidden) + ordered
+    ordered = 4 * q * -(-MULTIPROCESSORS // (documents * shape.heads))
+    grouped = 2 * q * (shape.heads != shape.kv_heads)
+    attention = work.width * (2 * q + kv + grouped + 2 * shape.hidden) + ordered
     return attention, work.width * (F + 2 * shape.hidden)
 
 

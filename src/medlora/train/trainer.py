@@ -20,7 +20,7 @@ from medlora.data.build import to_dataset
 from medlora.data.prompts import Example, Tokenizer
 from medlora.errors import ModelError, RecipeError
 from medlora.model.fused import Fused
-from medlora.model.graphs import Replayed
+from medlora.model.graphs import Rows
 from medlora.model.load import compute_dtype
 from medlora.model.packed import Batch, pack, packed_loss, packing, split, unfused, unsupported
 from medlora.model.plan import Plan, Shape, Work, capacity_of, choose, fall_back, plans, resources
@@ -174,7 +174,7 @@ def running(trainer: SFTTrainer) -> Iterator[None]:
     if plan:
         replayed = None
         if plan.replay and plan.replayed:
-            replayed = Replayed(plan.replayed, trainer.args.per_device_train_batch_size, plan.replay.parts)
+            replayed = Rows(plan.replayed, trainer.args.per_device_train_batch_size, plan.replay.parts)
         with packing(
             trainer.model, True, keep=plan.keep, recompute=plan.recompute, fp8=trainer.engine.fp8, held=plan.held,
             replayed=replayed,
