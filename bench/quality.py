@@ -114,9 +114,10 @@ def main() -> None:
     wanted = [(name, seed) for name in arguments.only or table for seed in arguments.seeds]
     print(f"{'':24}{'seed':>5}{'steps':>6}{'before':>9}{'after':>9}{'change':>9}{'seconds':>9}")
     if arguments.table == "time":
-        limit = report("the original script", 42, 100)["seconds"]
-        pace = report("the recipe", 42, PACE)["seconds"] / PACE
-        report("the recipe", 42, int(limit / pace))
+        original_run, first_steps = report("the original script", 42, 100), report("the recipe", 42, PACE)
+        if not (original_run and first_steps):
+            sys.exit(1)
+        report("the recipe", 42, int(original_run["seconds"] / first_steps["seconds"] * PACE))
         return
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for _ in pool.map(lambda pair: report(*pair), wanted):
