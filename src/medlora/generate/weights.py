@@ -224,6 +224,7 @@ class Projection:
         """Every b', each in its module's columns: on a CPU a product costs its call, not its zeros."""
         self.stacked = bases if stacked and self.block is not None else None
         self.half_block: Half | None = None
+        """`block` in float16, once `weight` has every a below it."""
         alike = S == 1 and (device.type == "cuda" or dtype == torch.float32)  # else oneDNN refuses the strides
         self.sizes, self.batched = sizes, _every_nth(found[0], sizes, R) if alike else None
         self.copies: list[tuple[Tensor, Tensor]] = []

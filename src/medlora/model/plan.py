@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -41,6 +41,7 @@ ROW = 0.01  # seconds that a further row costs at least
 # what capturing them takes; by H100s of virtual machines. LAUNCHES: how many more there are.
 LAUNCH, KERNELS, CAPTURE = 5.2e-3, 0.7e-3, 12e-3
 LAUNCHES = {"none": 1.0, "selective": 1.3, "full": 1.5, "offload": 1.8}
+SOME = 500  # steps whose lengths are looked at
 SHORT = 1.6  # how much longer than its products a short row takes
 STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
 """Bytes of optimizer state a weight on the device."""
@@ -151,7 +152,9 @@ class Work:
         """The largest step that the rows can make; without rows, one of rows of full length."""
         samples = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
         lengths = [len(row.input_ids) for row in train] or [recipe.data.max_length] * samples
-        steps = tuple(sum(lengths[i : i + samples]) for i in range(0, len(lengths), samples))
+        starts = range(0, len(lengths), samples)
+        some = starts[:: -(-len(starts) // SOME)]
+        steps = tuple(sum(lengths[i : i + samples]) for i in some)
         lengths.sort(reverse=True)
         return cls(recipe=recipe, tokens=sum(lengths[:samples]), longest=lengths[0], steps=steps, **device)
 
@@ -161,7 +164,8 @@ class Work:
         return training.per_device_train_batch_size * training.gradient_accumulation_steps
 
 
-class Replay(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Replay:
     """CUDA graphs that are worth being captured, and what they take."""
 
     parts: int
@@ -226,9 +230,9 @@ class Plan:
         """With all rows as CUDA graphs, where they are worth it and `capacity` bytes allow it."""
         if not self.replay:
             return self
-        _, fixed, token = self.replay
-        peak = self.peak_bytes + int(fixed + self.row_tokens * token)
-        found = replace(self, token_bytes=self.token_bytes + token, peak_bytes=peak, replayed=self.row_tokens)
+        token = self.token_bytes + self.replay.token_bytes
+        peak = self.peak_bytes + int(self.replay.fixed_bytes + self.row_tokens * self.replay.token_bytes)
+        found = replace(self, token_bytes=token, peak_bytes=peak, replayed=self.row_tokens)
         return found if found.fits(capacity) else self
 
 
