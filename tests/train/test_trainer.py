@@ -10,9 +10,10 @@ import torch
 
 from medlora.errors import ModelError, RecipeError
 from medlora.model.adapter import add_lora
+from medlora.model.graphs import Graphs
 from medlora.model.load import load_model
 from medlora.model.packed import split
-from medlora.model.plan import Plan, Shape, Work, plans
+from medlora.model.plan import Plan, Replay, Shape, Work, plans
 from medlora.recipe import load_recipe
 from medlora.train.run import prepare
 from medlora.train.trainer import Engine, PackedTrainer, choose_engine, make_trainer, running
@@ -81,6 +82,25 @@ def test_out_of_memory_down_to_more_rows(toy: Toy, tmp_path: Path, monkeypatch: 
     runs_out(trainer, monkeypatch, {2})
     assert losses(trainer) == pytest.approx(unbroken, rel=1e-5)
     assert cut[:2] == [1, 1] and all(n > 1 for n in cut[2:])
+
+
+def test_replayed_steps_are_those_launched_and_out_of_memory_among_them_ends_the_graphs(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = toy("lora.lora_dropout=0.1", "training.max_steps=6", "base.compute_dtype=float32")
+    unbroken = losses(trainer_of(recipe, tmp_path, one_row))
+    replays: list[int] = []
+    own = Graphs.own_gradients
+    monkeypatch.setattr(Graphs, "own_gradients", lambda graphs: (replays.append(graphs.turn), own(graphs))[1])
+    for calls, turns in (set(), 6), ({3}, 3):
+        trainer = trainer_of(recipe, tmp_path, one_row)
+        assert trainer.plan
+        smaller = trainer.plan  # another number of rows would draw other dropout
+        monkeypatch.setattr("medlora.train.trainer.fall_back", lambda *_, smaller=smaller: smaller)
+        trainer.plan = replace(trainer.plan, replay=Replay(8, 0, 0), replayed=trainer.plan.row_tokens)
+        runs_out(trainer, monkeypatch, calls)
+        assert losses(trainer) == pytest.approx(unbroken, rel=1e-5)
+        assert replays.pop() == turns
 
 
 def test_out_of_memory_at_the_smallest_plan_says_what_to_change(

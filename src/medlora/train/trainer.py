@@ -85,6 +85,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.model.train()  # whole: a new adapter over a base in evaluation would itself say that it trains
         for parameter in self.model.parameters():  # TRL casts adapters of 4-bit bases to bfloat16: small steps vanish
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
