@@ -220,7 +220,7 @@ class Projection:
         """[S + 1, S G R]: of each rank, by the row's adapter; the last line, -1, is for none."""
         self.wide: Tensor | None = None
         """Kept weights and below them every a, [N + S G R, D]: one product gives what both make of x."""
-        self.block = self.b.new_zeros(S * G * R, sum(sizes)) if S and isinstance(self.weight, Half) else None
+        self.block = self.b.new_zeros(S * G * R, sum(sizes)) if R and isinstance(self.weight, Half) else None
         """Every b', each in its module's columns: on a CPU a product costs its call, not its zeros."""
         self.stacked = bases if stacked and self.block is not None else None
         self.half_block: Half | None = None
