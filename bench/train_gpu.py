@@ -18,7 +18,8 @@ answer a line.
     Q  as C, in as little memory as 8,000 tokens/s allow
 
 Reported are medians over synchronised optimizer steps, the first third left out, of real (not padding)
-tokens a second and seconds, with the peak of allocated memory and the mean loss. C, D and Q take three times
+tokens a second and seconds, then tokens a second of all steps, compilation and capture among them, with the
+peak of allocated memory and the mean loss. C, D and Q take three times
 `--steps`: theirs are short. Whether medlora replays them as CUDA graphs hangs on how many there are.
 """
 
@@ -280,6 +281,7 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
         "tokens_per_second": statistics.median(rates),
         "slowest": min(rates),
         "fastest": max(rates),
+        "all_steps": sum(clock.tokens) / sum(clock.seconds),
         "step_seconds": statistics.median(clock.seconds[warm_up:]),
         "step_tokens": statistics.median(clock.tokens[warm_up:]),
         "peak_gib": peak() / GIB,
@@ -401,15 +403,16 @@ def _fast_folder() -> str | None:
 
 
 def report(found: dict[str, dict[str, Any]]) -> None:
-    print(f"{'':3}{'side':10}{'tokens/s':>10}{'s/step':>9}{'tokens/step':>13}{'GiB':>7}{'loss':>9}")
+    print(f"{'':3}{'side':10}{'tokens/s':>10}{'all steps':>11}{'s/step':>9}{'tokens/step':>13}{'GiB':>7}{'loss':>9}")
     for name in SETTINGS:
         for side, results in found.items():
             row = results.get(name)
             if row and "error" in row:
                 print(f"{name:3}{side:10}{row['error']:>20}")
             elif row:
-                print(f"{name:3}{side:10}{row['tokens_per_second']:10.0f}{row['step_seconds']:9.4f}"
-                      f"{row['step_tokens']:13.0f}{row['peak_gib']:7.1f}{row['loss']:9.4f}")  # fmt: skip
+                print(f"{name:3}{side:10}{row['tokens_per_second']:10.0f}{row['all_steps']:11.0f}"
+                      f"{row['step_seconds']:9.4f}{row['step_tokens']:13.0f}{row['peak_gib']:7.1f}"
+                      f"{row['loss']:9.4f}")  # fmt: skip
 
 
 def report_memory(found: dict[str, Any]) -> None:
