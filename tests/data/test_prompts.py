@@ -79,6 +79,19 @@ def test_raw_text_has_one_bos_and_one_eos(tokenizer: Any, text: str) -> None:
     assert example.input_ids.count(tokenizer.eos_token_id) == 1 and example.labels[-1] == tokenizer.eos_token_id
 
 
+def test_raw_text_stays_whole_under_a_tokenizer_that_ends_every_text(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    ends = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (tokenizer.bos_token, tokenizer.eos_token)]
+    (bos, _), (eos, _) = ends
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=ends)
+    prompt = Prompt(template="llama2", loss_on="all")
+    prepare_tokenizer(tokenizer, prompt)
+    (example,) = encode(tokenizer, [Record("r:1", "Gout is arthritis.", (), "g")], prompt)
+    assert example.input_ids == tokenizer("Gout is arthritis.").input_ids and len(example.input_ids) > 5
+    assert tokenizer.decode(example.input_ids[1:-1]).strip() == "Gout is arthritis."
+
+
 def test_raw_text_in_inst_form_can_train_its_answer_alone(tokenizer: Any) -> None:
     prompt = Prompt(template="llama2", loss_on="completion")
     prepare_tokenizer(tokenizer, prompt)

@@ -106,6 +106,16 @@ def test_what_is_recomputed_gives_the_same_gradients(way: Any, held: int, target
     assert all(torch.equal(same[name], grad) for name, grad in grads.items())
 
 
+def test_nothing_is_fetched_that_no_gradient_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an adapter in attention the first layer's attention half has no backward pass."""
+    made: list[Offload] = []
+    monkeypatch.setattr(fused_module, "Offload", lambda stream: made.append(Offload(stream)) or made[-1])
+    model = make(["gate_proj", "up_proj", "down_proj"])
+    with packing(model, fuse=True, recompute="offload"):
+        packed_loss(model, pack(documents()))[0].backward()
+    assert len(made) == 1 and not made[0].back and not made[0].host
+
+
 def test_rows_of_one_step_keep_their_inputs_apart() -> None:
     """Two rows before either's backward pass, and one whose backward pass broke off before."""
     model, batches = make(), [pack(documents(lengths)) for lengths in ((40, 60), (30, 50))]

@@ -47,3 +47,12 @@ def test_without_groups_all_that_is_free_counts(tree: Path) -> None:
     group(tree / "cgroup", 2, "max", GIB, 0)
     (tree / "own").write_text("0::/\n")
     assert memory.free_bytes(CPU) == pytest.approx(psutil.virtual_memory().available, rel=0.05)
+
+
+def test_what_cannot_be_read_limits_nothing(tree: Path) -> None:
+    (tree / "own").write_text("0::/a/b\n")
+    for name, text in (("a/b/memory.max", ""), ("a/memory.max", str(GIB)), ("memory.max", str(3 * GIB))):
+        (tree / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / "cgroup" / name).write_text(text)
+    (tree / "cgroup/memory.current").write_text(str(GIB))  # and no memory.stat
+    assert memory.free_bytes(CPU) == min(psutil.virtual_memory().available, 2 * GIB)

@@ -12,7 +12,7 @@ from medlora.errors import ModelError, RecipeError
 from medlora.model.adapter import add_lora
 from medlora.model.graphs import Graphs
 from medlora.model.load import load_model
-from medlora.model.packed import split
+from medlora.model.packed import pack, split
 from medlora.model.plan import Plan, Replay, Shape, Work, plans
 from medlora.recipe import load_recipe
 from medlora.train.run import prepare
@@ -84,6 +84,16 @@ def test_out_of_memory_down_to_more_rows(toy: Toy, tmp_path: Path, monkeypatch: 
     assert cut[:2] == [1, 1] and all(n > 1 for n in cut[2:])
 
 
+def test_no_row_is_longer_than_the_plan_allows(toy: Toy, tmp_path: Path) -> None:
+    trainer = trainer_of(toy(), tmp_path, one_row)
+    step = pack([{"input_ids": [5] * 1024, "labels": [5] * 1024} for _ in range(4)])
+    for limit, rows in ((4096, 1), (2048, 2), (1408, 4), (1024, 4)):
+        assert trainer.plan
+        trainer.plan = replace(trainer.plan, row_tokens=limit)
+        cut = trainer._cut(step)
+        assert len(cut) == rows and max(row["borders"][-1] for row in cut) <= limit
+
+
 def test_replayed_steps_are_those_launched_and_out_of_memory_among_them_ends_the_graphs(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +107,7 @@ def test_replayed_steps_are_those_launched_and_out_of_memory_among_them_ends_the
         assert trainer.plan
         smaller = trainer.plan  # another number of rows would draw other dropout
         monkeypatch.setattr("medlora.train.trainer.fall_back", lambda *_, smaller=smaller: smaller)
-        trainer.plan = replace(trainer.plan, replay=Replay(8, 0, 0), replayed=trainer.plan.row_tokens)
+        trainer.plan = replace(trainer.plan, replay=Replay(8, 0, 0, 0), replayed=trainer.plan.row_tokens)
         runs_out(trainer, monkeypatch, calls)
         assert losses(trainer) == pytest.approx(unbroken, rel=1e-5)
         assert replays.pop() == turns

@@ -107,7 +107,7 @@ def _token_ids(tokenizer: Tokenizer, texts: Sequence[tuple[str, bool]]) -> Itera
     """Of (text, whether it is raw): raw ones get special tokens, but never two BOS. All at once, which the tokenizer
     spreads over the cores."""
     bos = tokenizer.bos_token
-    special = [raw and not (bos and text.startswith(bos)) for text, raw in texts]
+    special = [raw and bool(text) and not (bos and text.startswith(bos)) for text, raw in texts]
 
     def together(asked: bool) -> Iterator[list[int]]:
         chosen = [text for (text, _), each in zip(texts, special, strict=True) if each == asked]

@@ -6,7 +6,7 @@ float32 product of one row runs at the speed of memory on one core; weights that
 in float32 by FBGEMM, which halves the bytes and uses every core. The sums stay float32. It takes half the time of a
 bfloat16 product of few rows too, so a CPU with those keeps both forms of a small model: one for prompts, one for steps
 of any size. What a row gets must not depend on its company, which of a CPU's products only FBGEMM's keeps: steps have
-adapters in float16 too, whose rounding is an eighth of bfloat16's.
+adapters in float16 too, whose rounding is an eighth of bfloat16's but for values below 6e-5.
 
 Codes, plain weights and adapters that nobody trains are laid side by side once, and the modules' own tensors become
 views of that: no second copy.

@@ -142,7 +142,9 @@ class Fused:
 
     def change(self, keep: bool, recompute: Recompute) -> None:
         """Go on with other settings from the next row on, without held layers and graphs."""
-        self.recompute, self.keep, self.held, self.replayed = recompute, keep, 0, None
+        self.recompute, self.keep, self.held, self.replayed, self.graphs = recompute, keep, 0, None, None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the graphs' pool
         self._hold()
 
     def close(self) -> None:
@@ -293,10 +295,10 @@ class _Recomputed(Function):
     ) -> tuple[Tensor, Tensor]:
         y, h = _norm(x, residual, norm)
         ctx.norm, ctx.rest, ctx.offload, ctx.device, ctx.masters = norm, rest, offload, h.device, masters
-        if offload:
-            ctx.place = offload.send(h)
-        else:
+        if not offload:
             ctx.save_for_backward(h)
+        elif any(ctx.needs_input_grad):  # else nobody fetches it
+            ctx.place = offload.send(h)
         found: tuple[Tensor, Tensor] = rest(y, h)
         return found
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # A row grows to a multiple of this, replayed or not: shapes that recur are looked up once by cuBLAS and the allocator,
 # and a product's tiles are as tall anyway.
 ROUND = 128
+VOID: list[torch.cuda.CUDAGraph] = []  # torch's allocator goes on asking a graph whose capture did not end
 
 
 def rounded(tokens: int, parts: int) -> int:
@@ -142,16 +143,20 @@ class Graphs:
             cos=self.cos[:T], sin=self.sin[:T], starts=self.starts, longest=T, alike=False
         )
         offload = Offload(self.row.offload.stream, self.room)
-        with self._reading(leaves), torch.enable_grad():
-            hidden = self.stack(self.x[:T], self.row._replace(documents=documents, seed=self.seed, offload=offload))
-        self.hidden[:T] = hidden.detach()
-        offload.settle()
+        try:
+            with self._reading(leaves), torch.enable_grad():
+                hidden = self.stack(self.x[:T], self.row._replace(documents=documents, seed=self.seed, offload=offload))
+            self.hidden[:T] = hidden.detach()
+        finally:
+            offload.settle()  # no capture ends while another stream is apart
         return hidden, offload
 
     def _backward(self, T: int, leaves: list[list[Tensor]], hidden: Tensor, offload: Offload) -> None:
-        with self._reading(leaves):
-            hidden.backward(self.hidden[:T])
-        offload.settle()
+        try:
+            with self._reading(leaves):
+                hidden.backward(self.hidden[:T])
+        finally:
+            offload.settle()
 
     def _leaves(self) -> list[list[Tensor]]:
         """Other leaves over the masters' memory, by group, whose gradients are added up in place. Autograd keeps one
@@ -194,9 +199,11 @@ class Graphs:
     def _aside(self) -> Iterator[None]:
         here = torch.cuda.current_stream(self.x.device)
         self.aside.wait_stream(here)
-        with torch.cuda.stream(self.aside):
-            yield
-        here.wait_stream(self.aside)
+        try:
+            with torch.cuda.stream(self.aside):
+                yield
+        finally:
+            here.wait_stream(self.aside)
 
     @contextmanager
     def _captured(self, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
@@ -205,14 +212,22 @@ class Graphs:
             try:
                 yield
             except BaseException:
-                with suppress(RuntimeError):  # the capture is void already
-                    graph.capture_end()
+                with suppress(RuntimeError):  # the capture may be void already
+                    self._end(graph)
                 raise
-            graph.capture_end()
+            self._end(graph)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise Uncapturable(str(error).splitlines()[0]) from error
+
+    @staticmethod
+    def _end(graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            VOID.append(graph)
+            raise
 
     def own_gradients(self) -> None:
         """Gradients that are added up since the last step, in the buffers that the graphs add to."""

@@ -1,6 +1,7 @@
 """How much memory is free: of a GPU, or of the host within the limits of the container or batch job that we run in."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,9 @@ def _limits() -> Iterator[int]:
         root, limit, used, cached = V1 if controllers else V2
         group = GROUPS / root / path.lstrip("/")
         for folder in (group, *group.parents):
-            if (folder / limit).is_file() and (most := (folder / limit).read_text().strip()) != "max":
-                stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-                yield int(most) - int((folder / used).read_text()) + int(stat.get(cached, 0))
+            with suppress(OSError, ValueError):  # no such group or limit ("max"), or none of our business
+                free = int((folder / limit).read_text()) - int((folder / used).read_text())
+                with suppress(OSError, ValueError):
+                    stat = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+                    free += int(stat.get(cached, 0))
+                yield free

@@ -28,7 +28,7 @@ from medlora.recipe import Recipe
 
 GIB = 2**30
 CHUNK = 1024  # rows of logits at once
-WORKSPACE = 2**25  # bytes that cuBLAS takes on Hopper for a stream
+WORKSPACE = 2**25  # bytes that cuBLAS takes on Hopper for each stream of a thread: of ours, and autograd's
 SLACK = 1.04  # what the allocator holds beyond what it has given out
 PROCESS = 0.7e9  # the interpreter and its libraries, which share a CPU's memory
 FLOPS, BANDWIDTH = 6.5e14, 3.4e12  # of products, and bytes a second
@@ -171,9 +171,11 @@ class Replay:
     parts: int
     """Lengths in an octave."""
     fixed_bytes: float
-    """Of gradients that stay and of another stream's workspace."""
+    """Of gradients that stay, logits beside them and another stream's workspace."""
     token_bytes: float
     """Of what goes in and out, a token."""
+    seconds: float
+    """Of the largest step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +234,8 @@ class Plan:
             return self
         token = self.token_bytes + self.replay.token_bytes
         peak = self.peak_bytes + int(self.replay.fixed_bytes + self.row_tokens * self.replay.token_bytes)
-        found = replace(self, token_bytes=token, peak_bytes=peak, replayed=self.row_tokens)
+        seconds = self.replay.seconds
+        found = replace(self, token_bytes=token, peak_bytes=peak, replayed=self.row_tokens, seconds=seconds)
         return found if found.fits(capacity) else self
 
 
@@ -241,14 +244,14 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     cut = max(work.longest, -(-work.tokens // rows))
     tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
-    replay = _replay(shape, work, recompute, rows)
-    documents = work.samples if replay or rows == 1 else max(1, tokens // work.longest)
-    token = _token_bytes(shape, work, recompute, documents)
+    token = _token_bytes(shape, work, recompute, work.samples if rows == 1 else max(1, tokens // work.longest))
     seconds = _seconds(shape, work, rows, recompute, keep, optim)
     # as for the base: who asks for recomputation gets it in every layer
     free = work.on_gpu and recompute in ("full", "offload") and work.recipe.training.gradient_checkpointing is not True
     held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute) if free else 0.0
     peak = int(fixed + tokens * token)
+    replayed = _seconds(shape, work, rows, recompute, keep, optim, launched=False)
+    replay = _replay(shape, work, recompute, rows, token, replayed)
     return Plan(rows, tokens, recompute, keep, optim, peak, token, seconds, held, shape.layers, replay=replay)
 
 
@@ -261,7 +264,7 @@ def base_bytes(shape: Shape, work: Work, recompute: Recompute, keep: bool) -> fl
     fp8 = widest * (1 + work.width) if work.recipe.training.fp8 else 0  # codes and a transposed copy, on the way
     dequantised = work.width * shape.linear_weights if keep else work.width * widest + fp8
     away = shape.vocab * shape.hidden * (recompute == "offload" and not shape.tied)
-    return linear + (shape.head_weights - away) * work.width + (dequantised + WORKSPACE if work.on_gpu else PROCESS)
+    return linear + (shape.head_weights - away) * work.width + (dequantised + 2 * WORKSPACE if work.on_gpu else PROCESS)
 
 
 def resources(device: torch.device, width: int) -> dict[str, Any]:
@@ -273,14 +276,14 @@ def resources(device: torch.device, width: int) -> dict[str, Any]:
     return found
 
 
-def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int) -> Replay | None:
+def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int, token: float, seconds: float) -> Replay | None:
     """CUDA graphs of as many lengths as save most, if the run's steps gain more by them than capturing takes."""
     if not (work.on_gpu and work.recipe.training.cuda_graphs and work.steps):
         return None
-    passes = shape.layers * LAUNCHES[recompute]
+    passes, each_token = shape.layers * LAUNCHES[recompute], SHORT * _token_seconds(shape, work, recompute)
 
     def device(tokens: int) -> float:
-        return passes * KERNELS + SHORT * tokens * _token_seconds(shape, work, recompute)
+        return passes * KERNELS + tokens * each_token
 
     def saved(parts: int) -> float:
         cut = [-(-tokens // rows) for tokens in work.steps]
@@ -289,11 +292,20 @@ def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int) -> Replay
         captured = len(set(replayed)) + 2  # and the longest, which is also run once
         return work.recipe.training.max_steps * rows * mean(each) - captured * passes * CAPTURE
 
-    parts = max((8, 4, 2), key=saved)
-    if saved(parts) <= 0:
+    most, parts = max((saved(parts), parts) for parts in (2, 4, 8))
+    if most <= 0:
         return None
-    gradients = 0 if recompute == "offload" else 4 * _trained(shape, work)  # counted there already
-    return Replay(parts, gradients + WORKSPACE, 2 * work.width * (shape.hidden + shape.widths[0]))
+    gradients, logits = 4 * _trained(shape, work), _logits(shape, work)
+    beside = min(gradients, logits) if recompute == "offload" else gradients  # the larger is counted there already
+    # a graph has room for as many documents as a step, which dq needs less for
+    token = _token_bytes(shape, work, recompute, work.samples) - token
+    token += 2 * work.width * (shape.hidden + shape.widths[0])
+    return Replay(parts, beside + WORKSPACE, token, seconds)
+
+
+def _logits(shape: Shape, work: Work) -> int:
+    """Bytes of a chunk."""
+    return work.width * CHUNK * shape.vocab
 
 
 def _trained(shape: Shape, work: Work) -> int:
@@ -302,7 +314,7 @@ def _trained(shape: Shape, work: Work) -> int:
 
 def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str) -> float:
     """Bytes of what is trained and how, and of a chunk of logits."""
-    trained, logits = _trained(shape, work), work.width * CHUNK * shape.vocab
+    trained, logits = _trained(shape, work), _logits(shape, work)
     copies = work.width if work.on_gpu else 0
     # at the end of such a step, where its peak is, all gradients are there, and no logits
     late = max(4 * trained, logits) if recompute == "offload" else logits
@@ -371,12 +383,14 @@ def _work_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) 
     return attention, work.width * (F + 2 * shape.hidden)
 
 
-def _seconds(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> float:
+def _seconds(
+    shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str, *, launched: bool = True
+) -> float:
     again = _again(shape, recompute)
     products = work.tokens * _token_seconds(shape, work, recompute) * (1.02 if recompute == "offload" else 1)
     bytes_a_weight = 6 if work.recipe.training.fp8 else 2.5
     dequantised = 0.0 if keep else rows * (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
-    host = rows * shape.layers * LAUNCHES[recompute] * LAUNCH * (1 + 0.1 * (not keep))
+    host = rows * shape.layers * LAUNCHES[recompute] * LAUNCH * (1 + 0.1 * (not keep)) if launched else 0.0
     return max(products + dequantised, host) + rows * ROW + OPTIM_SECONDS.get(optim, 0.0)
 
 
@@ -414,7 +428,7 @@ def plans(shape: Shape, work: Work) -> list[Plan]:
     ]  # fmt: skip
     # wherever `offload` is allowed `full` is too, so something stays
     found = [p for p in found if p.recompute != "offload" or host_bytes(shape, work, p.row_tokens) <= work.host / 2]
-    return sorted(found, key=lambda plan: (plan.seconds, plan.peak_bytes))
+    return sorted(found, key=_rank)
 
 
 def _optims(work: Work) -> tuple[str, ...]:
@@ -427,11 +441,16 @@ def _optims(work: Work) -> tuple[str, ...]:
 def choose(found: Sequence[Plan], capacity: int) -> Plan:
     """The fastest plan that fits `capacity` bytes, with CUDA graphs if they do too, its rows as long as they may be and
     then its held layers as many; where none does, the smallest."""
-    fitting = [plan for plan in found if plan.fits(capacity)]
+    fitting = [plan.replaying(capacity) for plan in found if plan.fits(capacity)]
     if not fitting:
         return min(found, key=lambda plan: plan.peak_bytes)
-    longest = max(plan.row_tokens for plan in found if plan.recompute == fitting[0].recompute)
-    return fitting[0].replaying(capacity).grown(capacity, longest).holding(capacity)
+    fastest = min(fitting, key=_rank)
+    longest = max(plan.row_tokens for plan in found if plan.recompute == fastest.recompute)
+    return fastest.grown(capacity, longest).holding(capacity)
+
+
+def _rank(plan: Plan) -> tuple[float, int]:
+    return plan.seconds, plan.peak_bytes
 
 
 def fall_back(found: Sequence[Plan], plan: Plan) -> Plan | None:

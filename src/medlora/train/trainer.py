@@ -114,11 +114,22 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         losses, total = [], num_items_in_batch
         if total is None:
             total = inputs["labelled"] * self.current_gradient_accumulation_steps
-        for row in split(inputs, -(-inputs["borders"][-1] // self.plan.row_tokens) if self.plan else 1):
+        for row in self._cut(inputs):
             loss = self.compute_loss(model, row, num_items_in_batch=total)
             self.accelerator.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
+
+    def _cut(self, inputs: Batch) -> list[Batch]:
+        """As few rows as have no more tokens each than the plan allows."""
+        borders: list[int] = inputs["borders"]
+        limit = self.plan.row_tokens if self.plan else borders[-1]
+        count = -(-borders[-1] // limit)
+        rows = split(inputs, count)
+        while max(row["borders"][-1] for row in rows) > limit and len(rows) < len(borders) - 1:
+            count += 1
+            rows = split(inputs, count)
+        return rows
 
     def _fall_back(self) -> None:
         smaller = fall_back(self.engine.plans, self.plan) if self.plan else None
