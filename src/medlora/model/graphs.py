@@ -52,7 +52,7 @@ class Uncapturable(Exception):
 
 
 class Rows(NamedTuple):
-    """Which rows are."""
+    """Which rows are replayed."""
 
     tokens: int
     """Of the longest, a multiple of `ROUND`."""
