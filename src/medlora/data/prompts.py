@@ -21,6 +21,7 @@ BATCH = 1000  # records that are tokenized at once
 IGNORE = -100  # the label that cross-entropy leaves out
 LLAMA2 = (Path(__file__).parent / "llama2.jinja").read_text(encoding="utf-8")
 _LLAMA2_TURN = re.compile(r"\[INST\](.*?)\[/INST\](.*?)(?=<s>|\[INST\]|$)", re.DOTALL)
+Text = tuple[str, bool]  # and whether special tokens are to be added
 Tokenizer = Any  # PreTrainedTokenizerBase; Transformers is imported late
 
 
@@ -84,17 +85,11 @@ def encode(tokenizer: Tokenizer, records: Sequence[Record], prompt: Prompt) -> l
 
 def _encode(tokenizer: Tokenizer, records: Sequence[Record], prompt: Prompt) -> Iterator[Example]:
     turns = [_turns(tokenizer, record, prompt) for record in records]
-    texts = [
-        (text, _is_raw(record, prompt))
-        for record, each in zip(records, turns, strict=True)
-        for turn in each
-        for text in turn
-    ]
-    ids = _token_ids(tokenizer, texts)
+    ids = _token_ids(tokenizer, [text for each in turns for turn in each for text in turn])
     for record, each in zip(records, turns, strict=True):
         row: list[int] = []
         spans: list[tuple[int, int]] = []
-        for asked, told in each:
+        for (asked, _), (told, _) in each:
             before, row = next(ids), next(ids)
             if row[: len(before)] != before:  # a merge across the border: tokenise as generation will see it
                 row = before + list(tokenizer(told.removeprefix(asked), add_special_tokens=False)["input_ids"])
@@ -103,37 +98,37 @@ def _encode(tokenizer: Tokenizer, records: Sequence[Record], prompt: Prompt) -> 
         yield _example(record.where, row, spans, tokenizer.eos_token_id)
 
 
-def _token_ids(tokenizer: Tokenizer, texts: Sequence[tuple[str, bool]]) -> Iterator[list[int]]:
-    """Of (text, whether it is raw): raw ones get special tokens, but never two BOS. All at once, which the tokenizer
-    spreads over the cores."""
-    bos = tokenizer.bos_token
-    special = [raw and bool(text) and not (bos and text.startswith(bos)) for text, raw in texts]
+def takes_special_tokens(tokenizer: Tokenizer, text: str) -> bool:
+    """Never two BOS: one that the text begins with is enough."""
+    return not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
-    def together(asked: bool) -> Iterator[list[int]]:
-        chosen = [text for (text, _), each in zip(texts, special, strict=True) if each == asked]
-        how = {"add_special_tokens": asked, "return_attention_mask": False}
+
+def _token_ids(tokenizer: Tokenizer, texts: Sequence[Text]) -> Iterator[list[int]]:
+    """All at once, which the tokenizer spreads over the cores."""
+
+    def together(special: bool) -> Iterator[list[int]]:
+        chosen = [text for text, each in texts if each == special]
+        how = {"add_special_tokens": special, "return_attention_mask": False}
         return iter(tokenizer(chosen, **how)["input_ids"] if chosen else [])
 
-    ids = {asked: together(asked) for asked in (False, True)}
-    return (next(ids[each]) for each in special)
+    ids = {special: together(special) for special in (False, True)}
+    return (next(ids[special]) for _, special in texts)
 
 
-def _is_raw(record: Record, prompt: Prompt) -> bool:
-    """A text that is learned whole."""
-    return record.text is not None and prompt.loss_on == "all"
-
-
-def _turns(tokenizer: Tokenizer, record: Record, prompt: Prompt) -> list[tuple[str, str]]:
+def _turns(tokenizer: Tokenizer, record: Record, prompt: Prompt) -> list[tuple[Text, Text]]:
     """For each answer the text before it and with it; of a raw text that is learned whole, nothing and all of it."""
     from jinja2 import TemplateError
 
-    if _is_raw(record, prompt):
-        return [("", record.text or "")]
+    if record.text is not None and prompt.loss_on == "all":
+        return [(("", False), (record.text, takes_special_tokens(tokenizer, record.text)))]
     messages = record.messages if record.text is None else _marked(record)
     answers = [i for i, (role, _) in enumerate(messages) if role == "assistant"]
     try:
         return [
-            (render(tokenizer, messages[:i], ask=True), render(tokenizer, messages[: i + 1], ask=False))
+            (
+                (render(tokenizer, messages[:i], ask=True), False),
+                (render(tokenizer, messages[: i + 1], ask=False), False),
+            )
             for i in answers
         ]
     except TemplateError as error:

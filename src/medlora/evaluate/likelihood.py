@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medlora.data.prompts import IGNORE, Example, Tokenizer
+from medlora.data.prompts import IGNORE, Example, Tokenizer, takes_special_tokens
 from medlora.model.packed import autocast_of, causal_of, packing, unsupported
 
 ATTENTION = "medlora_shared_prefix"
@@ -71,7 +71,7 @@ def loss_request(example: Example) -> Request:
 def _split(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
     stripped = prompt.rstrip()
     continuation, prompt = prompt[len(stripped) :] + continuation, stripped
-    special = not (tokenizer.bos_token and prompt.startswith(tokenizer.bos_token))  # never two BOS
+    special = takes_special_tokens(tokenizer, prompt)
     prefix = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
     whole = list(tokenizer(prompt + continuation, add_special_tokens=special)["input_ids"])
     return prefix, whole[len(prefix) :]

@@ -60,6 +60,11 @@ class Half(NamedTuple):
 
     packed: Any
 
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None = None) -> "Half":
+        """From float32 [N, D], rounded."""
+        return cls(torch.ops.quantized.linear_prepack_fp16(weight, bias))
+
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
         return y if onto is None else onto.add_(y)
@@ -131,16 +136,14 @@ def half(bases: Sequence[Any], bias: Tensor | None) -> Half | None:
     error = (whole.half().float() - whole).abs_().max()
     if not error <= whole.abs().max() * 2**-24:
         return None
-    return Half(torch.ops.quantized.linear_prepack_fp16(whole, bias))
+    return Half.of(whole, bias)
 
 
 def stack(bases: Sequence[Any], a: Tensor) -> Half:
     """Weights with every a below them, so that one product gives what both make of a row."""
-    weights = [base.weight.data.float() for base in bases]
-    bias = (
-        None if bases[0].bias is None else torch.cat([*(base.bias.data.float() for base in bases), a.new_zeros(len(a))])
-    )
-    return Half(torch.ops.quantized.linear_prepack_fp16(torch.cat([*weights, a]), bias))
+    biases = [base.bias.data.float() for base in bases if base.bias is not None]
+    bias = torch.cat([*biases, a.new_zeros(len(a))]) if biases else None
+    return Half.of(torch.cat([*(base.weight.data.float() for base in bases), a]), bias)
 
 
 def side_by_side(bases: Sequence[Any]) -> Tensor:
@@ -306,7 +309,7 @@ class Projection:
             to.copy_(master.detach())
         self._refresh_wide()
         if self.stacked and self.block is not None:
-            self.half_block = Half(torch.ops.quantized.linear_prepack_fp16(self.block.t().contiguous(), None))
+            self.half_block = Half.of(self.block.t().contiguous())
             self.weight = stack(self.stacked, self.a.flatten(0, 1))
         if self.for_steps:
             self.for_steps.refresh()

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .dispatch import upload
 from .rope import rope, rope_, rope_back
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -49,9 +50,7 @@ class Documents(NamedTuple):
     @classmethod
     def of(cls, cos: Tensor, sin: Tensor, borders: list[int]) -> Documents:
         """From the rotary tables [T, C] and the borders; does not wait for the device."""
-        starts = torch.tensor(borders, dtype=torch.int32)
-        if cos.is_cuda:  # only from pinned memory is the copy asynchronous
-            starts = starts.pin_memory().to(cos.device, non_blocking=True)
+        starts = upload(torch.tensor(borders, dtype=torch.int32), cos.device)
         lengths = [stop - start for start, stop in pairwise(borders)]
         return cls(cos, sin, borders, starts, max(lengths), len(set(lengths)) == 1)
 
@@ -68,8 +67,7 @@ class Tails(NamedTuple):
     def of(cls, new: Sequence[int], whole: Sequence[int], device: torch.device) -> Tails:
         """From the lengths; does not wait for the device."""
         borders = torch.tensor([[0, *accumulate(new)], [0, *accumulate(whole)]], dtype=torch.int32)
-        if device.type == "cuda":
-            borders = borders.pin_memory().to(device, non_blocking=True)
+        borders = upload(borders, device)
         return cls(borders[0], borders[1], (max(new), max(whole)))
 
 

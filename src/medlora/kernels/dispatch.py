@@ -16,6 +16,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING or find_spec("triton"):
@@ -24,7 +25,7 @@ if TYPE_CHECKING or find_spec("triton"):
 else:
     triton = tl = None
 
-__all__ = ["ceil_div", "jit", "next_power_of_2", "row_launch", "same_layout", "tl", "use_triton"]
+__all__ = ["ceil_div", "jit", "next_power_of_2", "row_launch", "same_layout", "tl", "upload", "use_triton"]
 
 MAX_ROW = 65536  # elements a program may hold in registers: 128 a thread at 16 warps
 
@@ -43,6 +44,11 @@ def use_triton(tensor: Tensor) -> bool:
 def jit(kernel: Callable[..., Any], **options: Any) -> Any:
     """`triton.jit`, or the plain function where Triton is not installed (it is then never launched)."""
     return kernel if triton is None else triton.jit(kernel, **options)
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, without waiting for it: only from pinned memory is the copy asynchronous."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def ceil_div(size: int, block: int) -> int:

@@ -41,6 +41,7 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 from medlora.kernels.attention import Documents, attention, flash_takes
+from medlora.kernels.dispatch import upload
 from medlora.kernels.embedding import gather_rows
 from medlora.kernels.rms_norm import add_rms_norm
 from medlora.model.graphs import ROUND, Graphs, Rows, Uncapturable
@@ -143,9 +144,12 @@ class Fused:
     def change(self, keep: bool, recompute: Recompute) -> None:
         """Go on with other settings from the next row on, without held layers and graphs."""
         self.recompute, self.keep, self.held, self.replayed, self.graphs = recompute, keep, 0, None, None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # the graphs' pool
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self.device)  # copies may still be under way to memory that is free now
         self._hold()
+        if on_gpu:
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Put back what was moved."""
@@ -186,9 +190,7 @@ class Fused:
 
     def _row(self, x: Tensor, position_ids: Tensor, borders: list[int]) -> Row:
         cos, sin = self.model.rotary_emb(x[None], position_ids)
-        seed = torch.randint(2**62, (1,))
-        if x.is_cuda:
-            seed = seed.pin_memory().to(x.device, non_blocking=True)
+        seed = upload(torch.randint(2**62, (1,)), x.device)
         return Row(Documents.of(cos[0], sin[0], borders), seed, self.model.training, Offload(self.stream))
 
     def _layers(self, x: Tensor, row: Row) -> tuple[Tensor, Tensor | None]:

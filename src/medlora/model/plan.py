@@ -143,12 +143,7 @@ class Work:
     """Of the device's products, a second."""
 
     @classmethod
-    def of(
-        cls,
-        recipe: Recipe,
-        train: Sequence[Example] = (),
-        **device: Any,
-    ) -> "Work":
+    def of(cls, recipe: Recipe, train: Sequence[Example] = (), **device: Any) -> "Work":
         """The largest step that the rows can make; without rows, one of rows of full length."""
         samples = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
         lengths = [len(row.input_ids) for row in train] or [recipe.data.max_length] * samples

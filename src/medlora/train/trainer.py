@@ -139,11 +139,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
                 "data.max_length or training.per_device_train_batch_size, or set training.gradient_checkpointing=auto"
             )
         self.plan = smaller
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # copies may still be under way to memory that is free now
         self.fused.change(smaller.keep, smaller.recompute)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         sys.stderr.write(f"out of memory; going on with {smaller.describe(self.engine.capacity)}\n")
 
     def compute_loss(
