@@ -52,11 +52,9 @@ TINY = (Shape("q, k, v", (64, 32, 32), 128, norm=True), Shape("gate, up", (64, 6
 def variants(shape: Shape, M: int) -> Iterator[Config | Cut]:
     """nf4_linear.cu in two launches and, for one row, in one; then the Triton kernel as `choose_config` cuts it."""
     if torch.cuda.is_available():
-        yield from (Cut(r) for r in ((1, 2, 3) if M > 4 else (2, 3, 4)))
-        if M <= 8:
-            yield from (Cut(r, 4) for r in (4, 5, 6))
+        yield from (Cut(r) for r in (1, 2))
         if M == 1:
-            yield from (Cut(r, warps, one=True) for r, warps in ((2, 8), (3, 8), (4, 4), (5, 4), (6, 4)))
+            yield from (Cut(r, warps, one=True) for r, warps in ((2, 8), (3, 8), (4, 4)))
     yield choose_config(shape.sizes, shape.D, M)
 
 

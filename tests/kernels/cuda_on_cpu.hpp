@@ -4,6 +4,7 @@
 #include <barrier>
 #include <bit>
 #include <cmath>
+#include <deque>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -13,7 +14,7 @@
 #define __constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-using std::min;
+using std::max, std::min;
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
@@ -26,11 +27,13 @@ struct Warp {
   unsigned a[32][4], b[32][2];
 };
 struct Program {
-  explicit Program(int threads) : together(threads), warps(threads / 32) {}
-  std::barrier<> together;
+  explicit Program(int threads) : warps(threads / 32) {
+    for (int i = 0; i < 5; i++) barriers.emplace_back(threads);
+  }
+  std::deque<std::barrier<>> barriers;
   std::vector<Warp> warps;
   unsigned table[256 * 32];
-  float sums[2 * 16 * 16 * 16], parts[2 * 16];
+  float sums[2 * 16 * 16 * 16], squares_of[16];
   alignas(16) char staged[1 << 16];
 };
 thread_local Program* program;
@@ -48,7 +51,10 @@ unsigned __byte_perm(unsigned x, unsigned, unsigned picks) {  // of x alone; 4 p
   for (int i = 0; i < 4; i++) y |= ((picks >> 4 * i & 7) < 4 ? x >> 8 * (picks >> 4 * i & 7) & 255 : 0) << 8 * i;
   return y;
 }
-void __syncthreads() { program->together.arrive_and_wait(); }
+void meet(int barrier) { program->barriers[barrier].arrive_and_wait(); }
+void reach(int barrier) { (void)program->barriers[barrier].arrive(); }
+void __syncthreads() { meet(0); }
+void __syncwarp() { own_warp->together.arrive_and_wait(); }
 void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 void __nanosleep(int) { std::this_thread::yield(); }
 int atomicAdd(int* at, int more) { return __atomic_fetch_add(at, more, __ATOMIC_RELAXED); }

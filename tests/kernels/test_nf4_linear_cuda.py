@@ -27,7 +27,7 @@ from .test_nf4_linear import adapters, expected, held, quantised
 pytestmark = pytest.mark.skipif(
     not (INTERPRETED and shutil.which("g++")), reason="needs g++, and Triton's interpreter for the launch before"
 )
-REPLACED = ("u16 narrow(", "void mma(", "uint4 stream(", "int arrived(")
+REPLACED = ("u16 narrow(", "void mma(", "uint4 stream(", "int arrived(", "void meet(", "void reach(")
 
 
 def translated() -> str:
@@ -43,8 +43,8 @@ def translated() -> str:
         (r"const u32 own = .*?;\n", "\n"),
         (r"__shared__ u32 table\[256 \* 32\];", "u32* const table = program->table;"),
         (
-            r"__shared__ float sums(\[2\]\S*), parts(\S*);",
-            r"auto& sums = (float(&)\1)program->sums; auto& parts = (float(&)\2)program->parts;",
+            r"__shared__ float sums(\[2\]\S*), squares_of(.*?);",
+            r"auto& sums = (float(&)\1)program->sums; auto& squares_of = (float(&)\2)program->squares_of;",
         ),
         (r"extern __shared__ uint4 staged\[\];", "uint4* const staged = (uint4*)program->staged;"),
     ):
@@ -88,6 +88,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         (Cut(1, 4, True), [1], (64, 32, 32), 512, "bfloat16", {"norm": True}),
         (Cut(1, 4, True), [-1], (64, 32, 32), 512, "bfloat16", {"residual": True}),
         (Cut(1, 8, True), [0], (64,), 1280, "float16", {"residual": True}),
+        (Cut(1, 8, True), [0], (64,), 1280, "bfloat16", {"norm": True, "ranks": (1, 1)}),  # a rank in three shares
         (Cut(1, 2, True), [0], (80, 80), 256, "float32", {"norm": True, "gated": True}),
         (Cut(1, 4, True), [1], (64, 64), 512, "float32", {"norm": True, "double": True}),
         (Cut(1, 4), [1, -1, 0], (64, 32, 32), 512, "float32", {"norm": True}),
@@ -95,7 +96,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     ],
 )
 def test_program_by_program(
-    cut: Cut, slots: list[int], sizes: tuple[int, ...], D: int, stored: str, options: dict[str, bool],
+    cut: Cut, slots: list[int], sizes: tuple[int, ...], D: int, stored: str, options: dict[str, Any],
     compiled: Callable[..., Any], close: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, "_compiled", compiled)
@@ -103,7 +104,7 @@ def test_program_by_program(
     monkeypatch.setattr("medlora.kernels.nf4_linear.use_triton", lambda _: True)
     M, dtype = len(slots), torch.bfloat16
     weights, plain = quantised(sizes, D, "cpu", options.get("double", False), getattr(torch, stored))
-    lora, terms = adapters(sizes, D, slots, dtype, "cpu", ranks=(20, 5))
+    lora, terms = adapters(sizes, D, slots, dtype, "cpu", ranks=options.get("ranks", (20, 5)))
     x, gated = torch.randn(M, D).to(dtype), options.get("gated", False)
     norm = (torch.rand(D).to(dtype), 1e-5) if options.get("norm") else None
     residual = torch.randn(M, sum(sizes)).to(dtype) if options.get("residual") else None

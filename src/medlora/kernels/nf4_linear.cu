@@ -1,6 +1,10 @@
 // y = f(x) W' + h B' + residual for up to 16 rows, W in NF4: the product of nf4_linear.py on sm_80 and later, in bfloat16.
 //
-// A program of WARPS warps takes 16 outputs at a time, and its warps share the columns out in groups of four blocks of 64.
+// A program takes 16 outputs at a time. WARPS of its warps share the columns out in groups of four blocks of 64 and do
+// nothing but stream codes; one warp more does all the rest, beside them: it makes h, adds what they found, the adapter's
+// term and the residual, and writes. They hand over through two buffers, so that they wait for it only if it is two
+// tiles behind.
+//
 // Of four lanes on a row, 16 bytes each, the first two hold one of the blocks and the others the block after the next. A
 // byte's two weights come as one register from a table in shared memory of which every lane has a copy in its own bank,
 // so that 32 lanes look up 32 different bytes at once: two instructions and one look-up for two weights, where selecting
@@ -13,8 +17,8 @@
 //
 // With ONE there is one row, and no launch comes before this one. Every program norms x for itself, into shared memory,
 // while its first codes are on their way. The ranks of h = s f(x) A' are shared out, one a program, the first programs
-// first; a program looks at what others made only at the end of its first tile. Programs that run make h before they
-// wait for it, so the wait ends even if not all run at once. The last program through sets the counters back to zero.
+// first, or several programs a rank. Programs that run make h before they wait for it, so the wait ends even if not all run at once. The last program
+// through sets the counters back to zero.
 //
 // With GATED, W is gate beside up: a program takes 16 outputs of gate, then those of up, and writes silu(gate) up.
 //
@@ -26,7 +30,7 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-constexpr int THREADS = 32 * WARPS, ROWS = 4 * TILES;
+constexpr int THREADS = 32 * (WARPS + 1), ROWS = 4 * TILES, OUTPUTS = ROWS * 16 / 32, STEPS = 4;  // of a lane; of ranks
 
 __device__ __constant__ u16 values[16] = {TABLE};
 
@@ -90,16 +94,19 @@ __device__ __forceinline__ u32 normed(u32 two, u32 weights, float inverse) {
   return first | u32(narrow(wide(narrow(high(two) * inverse)) * high(weights))) << 16;
 }
 
-// The sum over all threads of a program. Two calls in a row need two rooms.
-__device__ __forceinline__ float program_sum(float value, float (&room)[WARPS]) {
+__device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
-  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = 0.f;
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) value += room[w];
   return value;
+}
+
+// Barriers of all threads but number 0: `reach` does not wait for the others.
+__device__ __forceinline__ void meet(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+
+__device__ __forceinline__ void reach(int barrier) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
 
 __device__ __forceinline__ int arrived(const int* counter) {
@@ -116,8 +123,8 @@ __device__ __forceinline__ u32 ranks(const u16* row, int k, int R) {
 }
 
 // x [M, D], codes [N, D / 2], absmax [N, D / 64], h [M, G R], b [S, N, R], residual and y [M, N], or y [M, N / 2] if
-// GATED. Read only with ONE: norm [D], a [S, G R, D], scaling [S, G], counters [2]; h is then written. What another kernel
-// may still be writing is not __restrict__: it must not be read before the wait.
+// GATED. Read only with ONE: norm [D], a [S, G R, D], scaling [S, G], counters [2]; h is then room for shares of it, fp32
+// [programs or G R]. What another kernel may still be writing is not __restrict__: it must not be read before the wait.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
     const u16* x, const u8* __restrict__ codes, const void* __restrict__ absmax,
     const float* __restrict__ code, const float* __restrict__ outer, const float* __restrict__ offset,
@@ -125,8 +132,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
     const u16* __restrict__ norm, const u16* __restrict__ a, const float* __restrict__ scaling, int* counters,
     int x_row, int residual_row, int y_row, int M, int N, int D, int end0, int end1, int S, int R, int G, float eps) {
   __shared__ u32 table[256 * 32];
-  __shared__ float sums[2][WARPS][ROWS][16], parts[2][WARPS];
-  extern __shared__ uint4 staged[];  // f(x), if NORM
+  __shared__ float sums[2][WARPS][ROWS][16], squares_of[WARPS + 1];
+  extern __shared__ uint4 staged[];  // f(x), if NORM; then h, if ONE
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, second = t / 2;
   const u32 own = u32(__cvta_generic_to_shared(table)) + 4 * lane;
   auto decode = [&](u32 four, int byte) {
@@ -142,8 +149,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
                  : int(blockIdx.x) + turn * int(gridDim.x);
   };
   const int first = groups * warp / WARPS, last = groups * (warp + 1) / WARPS;
-  const int written = threadIdx.x % 16, to = threadIdx.x / 16;  // output and row of x that this thread writes
-  const bool writes = to < min(ROWS, M);
   const int from = g % 4;              // row of x, of four, whose column of x' this lane feeds
   const bool feeds = g / 4 == second;  // else it feeds zeros
   auto module_of = [&](int n) { return (n >= end0) + (n >= end1); };
@@ -176,21 +181,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
   auto advance = [&] {  // after the last tile to the start of the same: a branch would hold the loads back
     if (++ahead == last) ahead = first, ahead_turn += ahead_turn + 1 < turns, ahead_tile = tile_of(ahead_turn);
   };
-  if (first < last) fetch_codes(0), fetch_codes(1), fetch_scales(), advance();
+  if (warp < WARPS && first < last) fetch_codes(0), fetch_codes(1), fetch_scales(), advance();
   for (int i = threadIdx.x; i < 256 * 32; i += THREADS)
     table[i] = values[i / 32 >> 4] | u32(values[i / 32 & 15]) << 16;
   if (NORM)  // each thread takes the same places again below
     for (int i = threadIdx.x; i < D / 8; i += THREADS) staged[i] = ((const uint4*)norm)[i];
-  if (ONE && LORA && S == 1 && blockIdx.x < G * R && scaling[blockIdx.x / R] != 0.f)
-    for (int i = threadIdx.x; i < D / 64; i += THREADS)
-      asm volatile("prefetch.global.L2 [%0];" ::"l"(a + size_t(blockIdx.x) * D + 64 * i));
+  const int shares = max(1, min(int(gridDim.x) / (G * R), groups));  // of a rank of h, one a program
+  auto edge = [&](int part) { return D / 8 * part / shares; };
+  const int own_rank = blockIdx.x / shares, own_part = blockIdx.x % shares;
+  if (ONE && LORA && warp == WARPS && S == 1 && own_rank < G * R && scaling[own_rank / R] != 0.f)
+    for (int i = edge(own_part) + 8 * lane; i < edge(own_part + 1); i += 8 * 32)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(a + size_t(own_rank) * D + 8 * i));
   __syncthreads();
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
-  const int only = ONE && LORA ? slots[0] : -1;  // the row's adapter
   const u16* const input = NORM ? (const u16*)staged : x;
   if (NORM) {
     float squares = 0.f;
@@ -198,7 +205,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
       const uint4 v = ((const uint4*)x)[i];
       squares += dot(v, v);
     }
-    const float inverse = rsqrtf(program_sum(squares, parts[1]) / D + eps);
+    squares = warp_sum(squares);
+    if (lane == 0) squares_of[warp] = squares;
+    __syncthreads();
+    squares = 0.f;
+#pragma unroll
+    for (int w = 0; w <= WARPS; w++) squares += squares_of[w];
+    const float inverse = rsqrtf(squares / D + eps);
     for (int i = threadIdx.x; i < D / 8; i += THREADS) {
       const uint4 v = ((const uint4*)x)[i], w = staged[i];
       staged[i] = make_uint4(normed(v.x, w.x, inverse), normed(v.y, w.y, inverse), normed(v.z, w.z, inverse),
@@ -206,115 +219,153 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
     }
     __syncthreads();
   }
-  int adapted = 0, ranks_made = 0;  // modules that it is on, a bit each; ranks of h that they need
+
+  if (warp < WARPS) {
+    float acc[TILES][4] = {};
+    uint4 in[4][TILES];  // a lane that feeds zeros never writes them
+#pragma unroll
+    for (int i = 0; i < 4 * TILES; i++) in[i % 4][i / 4] = make_uint4(0, 0, 0, 0);
+    for (int turn = 0; turn < turns; turn++) {
+      for (int group = first; group < last; group++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float part[TILES][4] = {};
+          const u16* column = input + 256 * group + 128 * second + 64 * e + 32 * (t % 2);
+#pragma unroll
+          for (int j = 0; j < TILES; j++)
+            if (feeds && 4 * j + from < M)
+#pragma unroll
+              for (int q = 0; q < 4; q++) in[q][j] = *(const uint4*)(column + size_t(4 * j + from) * x_row + 8 * q);
+#pragma unroll
+          for (int q = 0; q < 4; q++) {  // 8 columns of each lane
+            const u32 upper = word(held[e][0], q), lower = word(held[e][1], q);
+#pragma unroll
+            for (int step = 0; step < 2; step++) {
+              const u32 a0 = decode(upper, 2 * step), a1 = decode(lower, 2 * step);
+              const u32 a2 = decode(upper, 2 * step + 1), a3 = decode(lower, 2 * step + 1);
+#pragma unroll
+              for (int j = 0; j < TILES; j++)
+                mma(part[j], a0, a1, a2, a3, word(in[q][j], 2 * step), word(in[q][j], 2 * step + 1));
+            }
+          }
+          fetch_codes(e);
+#pragma unroll
+          for (int j = 0; j < TILES; j++)
+#pragma unroll
+            for (int k = 0; k < 4; k++) acc[j][k] += part[j][k] * factor[k / 2].of(e);
+        }
+        fetch_scales(), advance();
+      }
+      if (turn >= 2) meet(3 + turn % 2);
+#pragma unroll
+      for (int j = 0; j < TILES; j++)  // columns 2 t and 2 t + 1 of both blocks
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const float sum = acc[j][k] + __shfl_xor_sync(~0u, acc[j][k], 2);
+          if (!second) sums[turn % 2][warp][4 * j + 2 * t + k % 2][g + 8 * (k / 2)] = sum;
+          acc[j][k] = 0.f;
+        }
+      reach(1 + turn % 2);
+    }
+    return;
+  }
+
+  const int only = ONE && LORA ? slots[0] : -1;  // the row's adapter
+  int adapted = 0, awaited = 0;  // modules that it is on, a bit each; shares of h that they need
   for (int m = 0; ONE && LORA && m < G; m++)
-    if (only >= 0 && scaling[only * G + m] != 0.f) adapted |= 1 << m, ranks_made += R;
-  for (int rank = blockIdx.x, turn = 0; ONE && LORA && rank < G * R; rank += gridDim.x) {
+    if (only >= 0 && scaling[only * G + m] != 0.f) adapted |= 1 << m, awaited += R * shares;
+  const int begin = ONE ? only : 0, end = ONE ? only + 1 : S;
+  auto adds = [&](int module) { return LORA && (!ONE || adapted >> module & 1); };
+  u32 in_b[STEPS][4];  // of 64 ranks
+  auto fetch_b = [&](int n, int s, int k) {
+    const u16 *row = b + (size_t(s) * N + n + g) * R, *next = row + 8 * R;
+#pragma unroll
+    for (int i = 0; i < STEPS; i++) {
+      in_b[i][0] = ranks(row, k + 16 * i, R), in_b[i][1] = ranks(next, k + 16 * i, R);
+      in_b[i][2] = ranks(row, k + 16 * i + 8, R), in_b[i][3] = ranks(next, k + 16 * i + 8, R);
+    }
+  };
+  if (adds(module_of(16 * tile_of(0)))) fetch_b(16 * tile_of(0), begin, 2 * t);
+  for (int i = blockIdx.x; ONE && LORA && i < G * R * shares; i += gridDim.x) {
+    const int rank = i / shares, part = i % shares;
     if (!(adapted >> rank / R & 1)) continue;
     const uint4* row = (const uint4*)(a + (size_t(only) * G * R + rank) * D);
     float sum = 0.f;
-    for (int i = threadIdx.x; i < D / 8; i += THREADS) sum += dot(row[i], ((const uint4*)input)[i]);
-    sum = program_sum(sum, parts[turn]), turn ^= 1;
-    if (threadIdx.x == 0) {
-      h[rank] = narrow(sum * scaling[only * G + rank / R]);
+#pragma unroll 8
+    for (int c = edge(part) + lane; c < edge(part + 1); c += 32) sum += dot(row[c], ((const uint4*)input)[c]);
+    sum = warp_sum(sum);
+    if (lane == 0) {
+      ((float*)h)[part * G * R + rank] = sum;
       __threadfence();
       atomicAdd(counters, 1);
     }
   }
+  u16* const made = (u16*)(staged + NORM * D / 8);
+  int before = 0;  // programs that were through before this one
+  if (ONE && LORA && awaited) {
+    while (arrived(counters) < awaited) __nanosleep(20);
+    // The answer is looked at in the end, so that nothing waits for it here.
+    if (lane == 0) before = atomicAdd(counters + 1, 1);
+    for (int rank = lane; rank < G * R; rank += 32) {
+      float sum = 0.f;
+      for (int part = 0; part < shares && adapted >> rank / R & 1; part++) sum += ((const float*)h)[part * G * R + rank];
+      made[rank] = narrow(sum * scaling[only * G + rank / R]);
+    }
+    __syncwarp();
+  }
 
-  int slot[TILES];  // of the rows of x that this lane feeds, -1 for none
+  int slot[TILES];  // of the rows of x whose h this lane feeds, -1 for none
 #pragma unroll
   for (int j = 0; j < TILES; j++) slot[j] = LORA && g < 4 && 4 * j + from < M ? slots[4 * j + from] : -1;
-  float acc[TILES][4] = {};
-  uint4 in[4][TILES];  // a lane that feeds zeros never writes them
-#pragma unroll
-  for (int i = 0; i < 4 * TILES; i++) in[i % 4][i / 4] = make_uint4(0, 0, 0, 0);
-  float gate;
-  int before = 0;  // programs that were through before this one
+  float gate[OUTPUTS];
   for (int turn = 0; turn < turns; turn++) {
     const int n = 16 * tile_of(turn), module = module_of(n);
-    const bool adds = LORA && (!ONE || adapted >> module & 1);
-    float more = RESIDUAL && writes ? wide(residual[to * residual_row + n + written]) : 0.f;
-    u32 in_b[4], in_h[TILES][2];
-    auto fetch_b = [&](int s, int k) {
-      const u16 *row = b + (size_t(s) * N + n + g) * R, *next = row + 8 * R;
-      in_b[0] = ranks(row, k, R), in_b[1] = ranks(next, k, R);
-      in_b[2] = ranks(row, k + 8, R), in_b[3] = ranks(next, k + 8, R);
-    };
-    auto fetch_h = [&](int s, int k) {
+    float acc[TILES][4] = {}, more[OUTPUTS];
 #pragma unroll
-      for (int j = 0; j < TILES; j++) {
-        const u16* row = h + ((4 * j + from) * G + module) * R;
-        in_h[j][0] = slot[j] == s ? ranks(row, k, R) : 0, in_h[j][1] = slot[j] == s ? ranks(row, k + 8, R) : 0;
-      }
-    };
-    const int rank = 16 * warp + 2 * t, begin = ONE ? only : 0, end = ONE ? only + 1 : S;
-    if (adds) {
-      fetch_b(begin, rank);
-      if (!ONE || turn) fetch_h(begin, rank);
+    for (int i = 0; i < OUTPUTS; i++) {
+      const int written = lane % 16, to = lane / 16 + 2 * i;
+      more[i] = RESIDUAL && to < M ? wide(residual[to * residual_row + n + written]) : 0.f;
     }
-    for (int group = first; group < last; group++) {
+    if (adds(module))
+      for (int s = begin; s < end; s++)
+        for (int k = 2 * t; k - 2 * t < R; k += 16 * STEPS) {
+          if (s > begin || k > 2 * t) fetch_b(n, s, k);
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float part[TILES][4] = {};
-        const u16* column = input + 256 * group + 128 * second + 64 * e + 32 * (t % 2);
+          for (int j = 0; j < TILES; j++) {
+            const u16* row = (ONE ? made : h) + ((4 * j + from) * G + module) * R;
+            u32 in_h[STEPS][2];
 #pragma unroll
-        for (int j = 0; j < TILES; j++)
-          if (feeds && 4 * j + from < M)
+            for (int i = 0; i < STEPS; i++) {
+              in_h[i][0] = slot[j] == s ? ranks(row, k + 16 * i, R) : 0;
+              in_h[i][1] = slot[j] == s ? ranks(row, k + 16 * i + 8, R) : 0;
+            }
 #pragma unroll
-            for (int q = 0; q < 4; q++) in[q][j] = *(const uint4*)(column + size_t(4 * j + from) * x_row + 8 * q);
-#pragma unroll
-        for (int q = 0; q < 4; q++) {  // 8 columns of each lane
-          const u32 upper = word(held[e][0], q), lower = word(held[e][1], q);
-#pragma unroll
-          for (int step = 0; step < 2; step++) {
-            const u32 a0 = decode(upper, 2 * step), a1 = decode(lower, 2 * step);
-            const u32 a2 = decode(upper, 2 * step + 1), a3 = decode(lower, 2 * step + 1);
-#pragma unroll
-            for (int j = 0; j < TILES; j++)
-              mma(part[j], a0, a1, a2, a3, word(in[q][j], 2 * step), word(in[q][j], 2 * step + 1));
+            for (int i = 0; i < STEPS; i++)
+              mma(acc[j], in_b[i][0], in_b[i][1], in_b[i][2], in_b[i][3], in_h[i][0], in_h[i][1]);
           }
         }
-        fetch_codes(e);
+    const int next = 16 * tile_of(min(turn + 1, turns - 1));
+    if (adds(module_of(next))) fetch_b(next, begin, 2 * t);
+    meet(1 + turn % 2);
+    if (adds(module)) {
 #pragma unroll
-        for (int j = 0; j < TILES; j++)
-#pragma unroll
-          for (int k = 0; k < 4; k++) acc[j][k] += part[j][k] * factor[k / 2].of(e);
-      }
-      fetch_scales(), advance();
-    }
-    if (ONE && LORA && turn == 0 && 16 * warp < R)
-      while (arrived(counters) < ranks_made) __nanosleep(20);
-    if (adds) {
-      if (ONE && turn == 0) fetch_h(begin, rank);
-      for (int s = begin; s < end; s++)
-        for (int k = rank; k - 2 * t < R; k += 16 * WARPS) {
-          if (s > begin || k > rank) fetch_b(s, k), fetch_h(s, k);
-#pragma unroll
-          for (int j = 0; j < TILES; j++) mma(acc[j], in_b[0], in_b[1], in_b[2], in_b[3], in_h[j][0], in_h[j][1]);
-        }
+      for (int i = 0; i < 4 * TILES; i++)
+        if (!second) sums[turn % 2][0][i / 4 * 4 + 2 * t + i % 2][g + i % 4 / 2 * 8] += acc[i / 4][i % 4];
+      __syncwarp();
     }
 #pragma unroll
-    for (int j = 0; j < TILES; j++)  // columns 2 t and 2 t + 1 of both blocks
+    for (int i = 0; i < OUTPUTS; i++) {
+      const int written = lane % 16, to = lane / 16 + 2 * i;
 #pragma unroll
-      for (int k = 0; k < 4; k++) {
-        const float sum = acc[j][k] + __shfl_xor_sync(~0u, acc[j][k], 2);
-        if (!second) sums[turn % 2][warp][4 * j + 2 * t + k % 2][g + 8 * (k / 2)] = sum;
-        acc[j][k] = 0.f;
-      }
-    __syncthreads();  // of two buffers one is free again once all warps are past the other's tile
-    if (writes) {
-#pragma unroll
-      for (int w = 0; w < WARPS; w++) more += sums[turn % 2][w][to][written];
-      if (!GATED)
-        y[to * y_row + n + written] = narrow(more);
-      else if (turn % 2)
-        y[to * y_row + n - N / 2 + written] = narrow(gate / (1.f + __expf(-gate)) * wide(narrow(more)));
-      else
-        gate = wide(narrow(more));
+      for (int w = 0; w < WARPS; w++) more[i] += sums[turn % 2][w][to][written];
+      const float found = wide(narrow(more[i]));
+      if (GATED && turn % 2 == 0)
+        gate[i] = found;
+      else if (to < M)
+        y[to * y_row + n - GATED * N / 2 + written] =
+            GATED ? narrow(gate[i] / (1.f + __expf(-gate[i])) * found) : narrow(more[i]);
     }
-    // The answer is looked at in the end, so that nothing waits for it here.
-    if (ONE && LORA && turn == 0 && ranks_made && threadIdx.x == 0) before = atomicAdd(counters + 1, 1);
+    if (turn + 2 < turns) reach(3 + turn % 2);
   }
-  if (ONE && LORA && ranks_made && threadIdx.x == 0 && before == gridDim.x - 1) counters[0] = counters[1] = 0;
+  if (ONE && LORA && awaited && lane == 0 && before == gridDim.x - 1) counters[0] = counters[1] = 0;
 }

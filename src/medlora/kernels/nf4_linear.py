@@ -499,7 +499,7 @@ class Cut(NamedTuple):
     resident: int
     """Programs on a multiprocessor, which must share its registers."""
     warps: int = 8
-    """Of a program; 8 for more than 8 rows."""
+    """Of a program, that stream codes."""
     one: bool = False
     """One row in one launch."""
 
@@ -520,7 +520,7 @@ def choose_cut(x: Tensor, norm: tuple[Tensor, float] | None) -> Cut | None:
 def _compiled(device: int, shared: int, **defined: int) -> CudaKernel | None:
     values = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.uint16).tolist()
     macros = {**defined, "TABLE": ",".join(map(str, values))}
-    return cuda_kernel("nf4_linear.cu", "nf4_product", device, macros, 32 * defined["WARPS"], shared)
+    return cuda_kernel("nf4_linear.cu", "nf4_product", device, macros, 32 * (defined["WARPS"] + 1), shared)
 
 
 def _table_product(
@@ -535,27 +535,28 @@ def _table_product(
 ) -> bool:
     """Whether nf4_linear.cu could be compiled here; y is written then."""
     (M, D), N, sizes, absmax, counters = x.shape, weights.N, weights.sizes, weights.absmax, weights.counters
+    S, R = (lora.b.shape[0], lora.b.shape[2]) if lora else (0, 1)
     normed = cut.one and norm is not None
     kernel = _compiled(
-        x.device.index, 2 * D if normed else 0,
+        x.device.index, 2 * (D * normed + len(sizes) * R * cut.one),
         TILES=1 if M <= 4 else 2 if M <= 8 else 4, WARPS=cut.warps, RESIDENT=cut.resident,
         SCALES=SCALES.index(absmax.dtype), ONE=int(cut.one), NORM=int(normed), LORA=int(lora is not None),
         RESIDUAL=int(residual is not None), GATED=int(gated),
     )  # fmt: skip
     if kernel is None:
         return False
-    S, R = (lora.b.shape[0], lora.b.shape[2]) if lora else (0, 1)
+    resident = min(cut.resident, kernel.resident) * torch.cuda.get_device_properties(y.device).multi_processor_count
+    programs = min(y.shape[1] // TILE, resident)
     if cut.one:
-        h = x.new_empty(1, len(sizes) * R)
+        h = torch.empty(max(programs, len(sizes) * R), dtype=torch.float32, device=x.device)
     else:
         x, h = _prepare(x, weights, lora, norm, counters[:0], by_parity=False)
     code, outer, offset = weights.double or (absmax,) * 3
     a, b, scaling, slots = (lora.a, lora.b, lora.scaling, lora.slots) if lora else (h,) * 4
     weight, eps = norm or (h, 0.0)
     added = y if residual is None else residual
-    resident = min(cut.resident, kernel.resident) * torch.cuda.get_device_properties(y.device).multi_processor_count
     kernel(
-        min(y.shape[1] // TILE, resident), x, weights.codes, absmax, code, outer, offset, h, b, slots, added, y,
+        programs, x, weights.codes, absmax, code, outer, offset, h, b, slots, added, y,
         weight, a, scaling, counters, x.stride(0), added.stride(0), y.stride(0), M, N, D, sizes[0],
         sum(sizes[:2]), S, R, len(sizes), float(eps),
     )  # fmt: skip
