@@ -1,9 +1,10 @@
-// What nf4_linear.cu asks of CUDA, on a CPU: a thread for every thread, barriers for what a program or a warp does together.
+// What nf4_linear.cu and nf4_batch.cu ask of CUDA, on a CPU: a thread for every thread, barriers for what a program or a warp does together.
 #include <algorithm>
 #include <atomic>
 #include <barrier>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <thread>
@@ -18,6 +19,8 @@ using std::max, std::min;
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) ushort4 { unsigned short x, y, z, w; };
 struct alignas(2) uchar2 { unsigned char x, y; };
 struct { unsigned x; } thread_local threadIdx, blockIdx, gridDim;
 
@@ -29,16 +32,18 @@ struct Warp {
 struct Program {
   explicit Program(int threads) : warps(threads / 32) {
     for (int i = 0; i < 5; i++) barriers.emplace_back(threads);
+    for (int i = 0; i < 2; i++) halves.emplace_back(threads / 2);
   }
-  std::deque<std::barrier<>> barriers;
+  std::deque<std::barrier<>> barriers, halves;
   std::vector<Warp> warps;
   unsigned table[256 * 32];
   float sums[2 * 16 * 16 * 16], squares_of[16];
-  alignas(16) char staged[1 << 16];
+  alignas(16) char staged[1 << 18];
 };
 thread_local Program* program;
 thread_local Warp* own_warp;
 
+ushort4 make_ushort4(unsigned short x, unsigned short y, unsigned short z, unsigned short w) { return {x, y, z, w}; }
 float2 make_float2(float x, float y) { return {x, y}; }
 uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
@@ -60,6 +65,26 @@ void __nanosleep(int) { std::this_thread::yield(); }
 int atomicAdd(int* at, int more) { return __atomic_fetch_add(at, more, __ATOMIC_RELAXED); }
 int arrived(const int* counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
 
+float4 __ldcg(const float4* at) { return *at; }
+size_t __cvta_generic_to_shared(const void* at) { return (const char*)at - program->staged; }
+unsigned look_up(unsigned at) { return *(const unsigned*)(program->staged + at); }
+template <int MEMBERS> void meet(int group) {
+  (MEMBERS == 32 * program->warps.size() ? program->barriers[0] : program->halves[group]).arrive_and_wait();
+}
+int again(int x) { return x; }
+void early_start() {}
+
+// Copies land when a thread waits for them, no sooner.
+struct Copy { uint4* to; const unsigned short* from; bool inside; };
+thread_local std::deque<std::vector<Copy>> copies{1};
+void stage(uint4* to, const unsigned short* from, bool inside) { copies.back().push_back({to, from, inside}); }
+void staged_unit() { copies.emplace_back(); }
+template <int PENDING> void landed() {
+  for (; copies.size() > PENDING + 1; copies.pop_front())
+    for (const Copy& copy : copies.front())
+      copy.inside ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+}
+
 float __shfl_xor_sync(unsigned, float value, int mask) {
   const int lane = threadIdx.x % 32;
   own_warp->value[lane] = value;
@@ -74,6 +99,11 @@ uint4 stream(const unsigned char* at) { return *(const uint4*)at; }
 unsigned short narrow(float x) {
   const unsigned bits = std::bit_cast<unsigned>(x);
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+unsigned times(unsigned two, unsigned factors) {
+  auto product = [](unsigned x, unsigned y) { return narrow(__uint_as_float(x << 16) * __uint_as_float(y << 16)); };
+  return product(two & 0xffff, factors & 0xffff) | product(two >> 16, factors >> 16) << 16;
 }
 
 float half(unsigned short bits) { return std::bit_cast<_Float16>(bits); }

@@ -62,10 +62,12 @@ class NF4Weights:
     double: DoubleQuant | None = None
     """Its offset holds one value a module, [G]."""
     counters: Tensor = field(init=False, repr=False)
-    """int32 [2], zero between launches: what nf4_linear.cu's programs wait for each other by."""
+    """int32 [2 + N // 16], zero between launches: what nf4_linear.cu's programs wait for each other by, and by which those
+    of nf4_batch.cu that share a tile know the last one."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "counters", torch.zeros(2, dtype=torch.int32, device=self.codes.device))
+        counters = torch.zeros(2 + self.N // TILE, dtype=torch.int32, device=self.codes.device)
+        object.__setattr__(self, "counters", counters)
 
     @property
     def N(self) -> int:

@@ -1,0 +1,147 @@
+"""y = x W' + s (x A') B' + residual for up to 64 rows, W read as NF4 codes: the linear layer of a batch's decode step.
+
+`nf4_linear` decodes a weight for every 16 rows anew; here one decoded weight meets all rows. Dequantised for good, the
+weights of a 7B take 12 GiB more and four times the bytes a step. nf4_batch.cu says how it works. Two launches where
+there are adapters: h = x A' for all of them, then the product, which leaves out what a row's own adapter did not make.
+
+bfloat16 on a GPU from compute capability 8.0 on; anything else is for the caller. A weight is the table's value times
+its scale, each rounded to bfloat16, and rounded again.
+
+Shapes: M rows, D inputs, N outputs, G modules, R rank, S adapters.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .cuda import CudaKernel, cuda_kernel
+from .dispatch import ceil_div, next_power_of_2
+from .nf4_linear import SCALES, LoraTerms, NF4Weights
+
+MAX_ROWS = 64
+COLUMNS = 128  # of a unit of work
+
+
+class Cut(NamedTuple):
+    """How nf4_batch.cu is compiled."""
+
+    tall: int
+    """Tiles of 16 outputs a warp."""
+    groups: int
+    """Groups of warps that share the columns out."""
+    ahead: int
+    """Units by which codes are asked for ahead."""
+    warps: int = 8
+    stages: int = 3
+    resident: int = 1
+    """Programs on a multiprocessor."""
+
+    @property
+    def outputs(self) -> int:
+        """Of a program at a time."""
+        return 16 * self.tall * self.warps // self.groups
+
+    def shared(self, rows: int) -> int:
+        """Bytes: the table, the stages of x, the sums, the rows' adapters and a flag."""
+        return 2**15 + self.groups * self.stages * rows * 2 * COLUMNS + rows * (self.outputs + 4) * 4 + rows * 4 + 16
+
+
+def choose_cut(N: int) -> Cut:
+    """Fewer outputs a program where there are few, so that not too many programs share a tile."""
+    return Cut(2, 1, 2) if N > 8192 else Cut(2, 2, 2)
+
+
+def serves(x: Tensor) -> bool:
+    """Whether nf4_batch.cu takes such a tensor, if it can be compiled."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def nf4_batch(
+    x: Tensor,
+    weights: NF4Weights,
+    lora: LoraTerms | None = None,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    cut: Cut | None = None,
+) -> Tensor | None:
+    """x W' + s (x A') B' + residual -> [M, N]; no gradient. Can be captured in a CUDA graph.
+
+    Not from two streams at once over the same weights.
+
+    Args:
+        x: bf16 [M, D] on a GPU, 1 <= M <= 64.
+        lora: adapters, None for none at all.
+        residual: [M, N]; may be `out`.
+        out: [M, N], rows dense.
+        cut: instead of what is chosen.
+
+    Returns:
+        None where nf4_batch.cu could not be compiled.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that do not fit.
+    """
+    (M, D), N, sizes, absmax = x.shape, weights.N, weights.sizes, weights.absmax
+    y = x.new_empty(M, N) if out is None else out
+    added = y if residual is None else residual
+    _check(x, weights, lora, added, y)
+    cut, rows = cut or choose_cut(N), max(next_power_of_2(M), 16)
+    kernel = _compiled(
+        x.device.index, cut.shared(rows), WIDE=rows // 8, TALL=cut.tall, GROUPS=cut.groups, WARPS=cut.warps,
+        STAGES=cut.stages, AHEAD=cut.ahead, RESIDENT=cut.resident, SCALES=SCALES.index(absmax.dtype),
+        LORA=int(lora is not None), RESIDUAL=int(residual is not None),
+    )  # fmt: skip
+    if kernel is None:
+        return None
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    S, R, units = 0, 8, ceil_div(D, COLUMNS)
+    h, b, scaling, slots = x, x, absmax, weights.counters
+    if lora is not None:
+        b, scaling, slots = lora.b, lora.scaling, lora.slots
+        h, (S, _, R) = F.linear(x, lora.a.flatten(0, 1)), b.shape
+        if R % 8:
+            h, b = F.pad(h.view(-1, R), (0, -R % 8)), F.pad(b, (0, -R % 8))
+            R = b.shape[2]
+        units += S * ceil_div(R, COLUMNS)
+    code, outer, offset = weights.double or (absmax,) * 3
+    work = sum(ceil_div(size, cut.outputs) for size in sizes) * units
+    resident = min(cut.resident, kernel.resident) * torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = min(work, resident)
+    shares = torch.empty(programs * 2 * rows * cut.outputs, dtype=torch.float32, device=x.device)
+    kernel(
+        programs, x, weights.codes, absmax, code, outer, offset, h, b, scaling, slots, added, y, shares,
+        weights.counters[2:], x.stride(0), added.stride(0), y.stride(0), M, N, D, sizes[0], sum(sizes[:2]), S, R,
+        len(sizes),
+    )  # fmt: skip
+    return y
+
+
+@cache
+def _compiled(device: int, shared: int, **defined: int) -> CudaKernel | None:
+    values = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.uint16).tolist()
+    macros = {**defined, "TABLE": ",".join(map(str, values))}
+    return cuda_kernel("nf4_batch.cu", "nf4_batch", device, macros, 32 * defined["WARPS"], shared)
+
+
+def _check(x: Tensor, weights: NF4Weights, lora: LoraTerms | None, residual: Tensor, out: Tensor) -> None:
+    M, N, D = len(x), weights.N, weights.D
+    if not 1 <= M <= MAX_ROWS or x.shape[1:] != (D,) or x.dtype != torch.bfloat16:
+        raise ValueError(f"x {tuple(x.shape)} in {x.dtype}: expected 1 to {MAX_ROWS} rows of {D} in bfloat16")
+    for tensor in (residual, out):
+        dense = tensor.stride(1) == 1 and tensor.stride(0) % 4 == 0 and tensor.data_ptr() % 8 == 0
+        if tensor.shape != (M, N) or tensor.dtype != x.dtype or not dense:
+            raise ValueError(f"out and residual must be {(M, N)} in {x.dtype} with dense rows, 8 bytes aligned")
+    if lora is None:
+        return
+    S, G, R = lora.a.shape[0], len(weights.sizes), lora.b.shape[2]
+    shapes = (lora.a.shape, lora.b.shape[:2], lora.scaling.shape)
+    if shapes != ((S, G * R, D), (S, N), (S, G)) or len(lora.slots) < M or not (lora.a.dtype == lora.b.dtype == x.dtype):
+        raise ValueError(f"adapters a {tuple(lora.a.shape)}, b {tuple(lora.b.shape)} do not fit x and {(N, D)}")

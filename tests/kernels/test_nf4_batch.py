@@ -1,0 +1,86 @@
+"""nf4_batch.cu: on a GPU where there is one, elsewhere over `cuda_on_cpu`."""
+
+import shutil
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from medlora.kernels import nf4_batch as module
+from medlora.kernels.nf4_batch import Cut, nf4_batch
+
+from .cuda_on_cpu import compiler, translated
+from .test_nf4_linear import adapters, quantised
+
+FUNCTIONS = (
+    "u16 narrow(", "float half(", "u32 times(", "void mma(", "uint4 stream(", "u32 look_up(", "void stage(",
+    "void staged_unit(", "void landed(", "void meet(", "void early_start(", "int again(",
+)  # fmt: skip
+PATTERNS = ((r"extern __shared__ uint4 room\[\];", "uint4* const room = (uint4*)program->staged;"),)
+CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    return compiler(translated("nf4_batch.cu", "nf4_batch", FUNCTIONS, PATTERNS), tmp_path_factory.mktemp("cuda"))
+
+
+def rounded(w: Tensor) -> Tensor:
+    """As the kernel holds them: value and scale in bfloat16, and their product."""
+    blocks = w.view(-1, 64)
+    scales = blocks.abs().amax(1, keepdim=True)
+    return ((blocks / scales).bfloat16() * scales.bfloat16()).float().view_as(w)
+
+
+def check(
+    M: int, sizes: tuple[int, ...], D: int, cut: Cut | None, device: str, close: Callable[..., None],
+    stored: str = "bfloat16", ranks: tuple[int, int] | None = None, slots: tuple[int, ...] = (0,), residual: bool = False,
+    double: bool = False,
+) -> None:  # fmt: skip
+    """Against fp32, twice with the same bits; rows further apart than they are long."""
+    weights, plain = quantised(sizes, D, device, double, getattr(torch, stored))
+    assert weights.absmax.dtype == (torch.uint8 if double else getattr(torch, stored))
+    wide = torch.randn(M, D + 8, device=device).bfloat16()
+    x, every = wide[:, :D], [slots[m % len(slots)] for m in range(M)]
+    lora, terms = adapters(sizes, D, every, torch.bfloat16, device, ranks) if ranks else (None, [])
+    added = torch.randn(M, sum(sizes) + 4, device=device).bfloat16()[:, 4:] if residual else None
+    outs = [x.float() @ rounded(w).T for w in plain]
+    for s, parts in enumerate(terms):
+        rows = torch.tensor([slot == s for slot in every], device=device)[:, None]
+        for y, part in zip(outs, parts, strict=True):
+            if part:
+                a, b, scaling = part[0].bfloat16().float(), part[1].bfloat16().float(), part[2]
+                y += rows * ((x.float() @ a.T).bfloat16().float() @ b.T) * scaling
+    wanted = torch.cat(outs, 1) if added is None else torch.cat(outs, 1) + added
+    y = nf4_batch(x, weights, lora, residual=added, cut=cut)
+    assert y is not None
+    close(y, wanted)
+    again = torch.empty_like(y) if added is None else added
+    assert nf4_batch(x, weights, lora, residual=added, out=again, cut=cut) is again
+    assert torch.equal(y, again)
+    assert not weights.counters.any()
+
+
+@pytest.mark.skipif(CUDA or not shutil.which("g++"), reason="needs g++; a GPU does without")
+@pytest.mark.parametrize(
+    ("M", "sizes", "D", "cut", "programs", "options"),
+    [
+        (1, (64,), 128, Cut(1, 1, 1, 2), 3, {}),
+        (17, (48, 16, 16), 320, Cut(1, 2, 1, 2), 3, {"ranks": (16, 8), "slots": (0, 1, -1)}),
+        (33, (80,), 576, Cut(2, 1, 2, 2), 4, {"ranks": (20, 5), "residual": True, "stored": "float16"}),
+        (64, (64, 32), 512, Cut(1, 2, 2, 4), 5, {"ranks": (40, 8), "slots": (1, 0)}),
+        (16, (96, 32), 1024, Cut(4, 2, 1, 2), 7, {"ranks": (136, 8), "stored": "float32", "residual": True}),
+        (9, (256, 128), 128, Cut(2, 1, 2, 2, stages=2), 2, {"double": True, "stored": "float32", "ranks": (8, 8), "slots": (0, -1)}),
+        (5, (16, 16), 64, Cut(2, 1, 2, 2), 9, {"ranks": (3, 2), "stored": "float32"}),
+    ],
+)
+def test_program_by_program(
+    M: int, sizes: tuple[int, ...], D: int, cut: Cut, programs: int, options: dict[str, Any],
+    compiled: Callable[..., Any], close: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "_compiled", compiled)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=programs))
+    check(M, sizes, D, cut, "cpu", close, **options)
