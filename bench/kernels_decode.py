@@ -1,6 +1,6 @@
 """The kernels of a decode step on a GPU: checked against fp32, then timed at Llama-2-7B's shapes.
 
-    python bench/kernels_decode.py [--rows 1,8,16] [--out result.json]
+    python bench/kernels_decode.py [--rows 1,8,16,32,64] [--out result.json]
     python bench/kernels_decode.py --tiny        a rehearsal on a CPU, of the script: the plain reference serves there
 
 Each call of a timed loop reads another copy of the weights, more than the L2 cache holds, and the loop is one CUDA
@@ -8,6 +8,9 @@ graph, so that neither caching nor the host's launches count. Reported are micro
 `nf4_linear`; norm, SwiGLU and LoRA term of rank 64 included), bytes of codes, scales and adapters over that time, and
 their share of the bandwidth of a device-to-device copy in the same process. bitsandbytes multiplies without norm,
 SwiGLU and LoRA; from version 0.50 its `matmul_4bit` may choose a fused kernel for several rows by itself.
+
+More than 16 rows go through `nf4_batch`, beside cuBLAS over weights dequantised for good with the LoRA term as a decode
+step adds it then. Bytes are those of the codes there too, so that rates compare.
 """
 
 import argparse
@@ -20,11 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medlora.kernels import reference
 from medlora.kernels.decode_attention import PAGE, decode_attention, rope_append
+from medlora.kernels.nf4_batch import Cut as Batch
+from medlora.kernels.nf4_batch import nf4_batch
 from medlora.kernels.nf4_linear import Config, Cut, LoraTerms, NF4Weights, choose_config, nf4_linear
+from medlora.kernels.rms_norm import rms_norm
+from medlora.kernels.swiglu import swiglu
 
 RANK = 64
 DTYPE = torch.bfloat16
@@ -46,16 +54,71 @@ SHAPES = (
     Shape("gate, up", (11008,) * 2, 4096, norm=True, gated=True),
     Shape("down", (4096,), 11008),
 )
+BATCHES = (Batch(2, 1, 2), Batch(2, 2, 2), Batch(2, 1, 2, stages=2), Batch(2, 1, 1, 4, 2, 2), Batch(4, 2, 1))
 TINY = (Shape("q, k, v", (64, 32, 32), 128, norm=True), Shape("gate, up", (64, 64), 256, norm=True, gated=True))
 
 
-def variants(shape: Shape, M: int) -> Iterator[Config | Cut]:
-    """nf4_linear.cu in two launches and, for one row, in one; then the Triton kernel as `choose_config` cuts it."""
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Weights dequantised for good."""
+
+
+Way = Config | Cut | Batch | Dense
+Norm = tuple[Tensor, float] | None
+
+
+def variants(shape: Shape, M: int) -> Iterator[Way]:
+    """nf4_linear.cu in two launches and, for one row, in one; then the Triton kernel as `choose_config` cuts it.
+
+    For more than 16 rows nf4_batch.cu and cuBLAS.
+    """
+    if M > 16:
+        if torch.cuda.is_available():
+            yield from BATCHES
+        yield Dense()
+        return
     if torch.cuda.is_available():
         yield from (Cut(r) for r in (1, 2))
         if M == 1:
             yield from (Cut(r, warps, one=True) for r, warps in ((2, 8), (3, 8), (4, 4)))
     yield choose_config(shape.sizes, shape.D, M)
+
+
+def product(
+    shape: Shape, norm: Norm, way: Way, weights: NF4Weights, lora: LoraTerms | None = None
+) -> Callable[[Tensor], Tensor]:
+    if isinstance(way, Config | Cut):
+        return lambda x: nf4_linear(x, weights, lora, norm=norm, gated=shape.gated, config=way)
+    every = lora.a[0] if lora else torch.empty(0, weights.D, dtype=DTYPE, device=weights.codes.device)
+    if isinstance(way, Dense):
+        every = torch.cat([weights.dequantize(every.new_empty(weights.N, weights.D)), every])
+    factors = lora.scaling[0].repeat_interleave(RANK).to(DTYPE).expand(64, -1).contiguous() if lora else None
+
+    def run(x: Tensor) -> Tensor:
+        x = rms_norm(x, *norm) if norm else x
+        if isinstance(way, Batch):
+            found = nf4_batch(x, weights, lora, cut=way)
+            assert found is not None
+            y = found
+        else:
+            y, h = F.linear(x, every).tensor_split([weights.N], 1)
+            if lora and factors is not None:
+                h *= factors[: len(x)]
+                if len(set(shape.sizes)) == 1 < len(shape.sizes):
+                    y_GTN, h_GTR = (t.unflatten(1, (len(shape.sizes), -1)).transpose(0, 1) for t in (y, h))
+                    y_GTN.baddbmm_(h_GTR, lora.b[0].unflatten(0, (len(shape.sizes), -1)).transpose(1, 2))
+                else:
+                    first = 0
+                    for g, N in enumerate(shape.sizes):
+                        b = lora.b[0, first : first + N]
+                        y[:, first : first + N].addmm_(h[:, g * RANK : (g + 1) * RANK], b.t())
+                        first += N
+        if not shape.gated:
+            return y
+        gate, up = y.chunk(2, 1)
+        return swiglu(gate, up, gate)
+
+    return run
 
 
 def make(shape: Shape, M: int, device: str) -> tuple[NF4Weights, LoraTerms]:
@@ -69,9 +132,13 @@ def make(shape: Shape, M: int, device: str) -> tuple[NF4Weights, LoraTerms]:
     return weights, LoraTerms(a, b, scaling, torch.zeros(M, dtype=torch.int32, device=device))
 
 
-def describe(config: Config | Cut) -> str:
+def describe(config: Way) -> str:
     if isinstance(config, Config):
         return "Triton " + " ".join(map(str, config))
+    if isinstance(config, Batch):
+        return f"batch {' '.join(map(str, config))}"
+    if isinstance(config, Dense):
+        return "dequantised"
     return f"{config.resident} of {config.warps} warps{', one launch' if config.one else ''}"
 
 
@@ -129,7 +196,7 @@ def bench_linear(shape: Shape, M: int, copy: float | None, device: str) -> list[
     x = torch.randn(M, shape.D, device=device).to(DTYPE)
     weights, lora = make(shape, M, device)
     norm = (torch.rand(shape.D, device=device).to(DTYPE), 1e-5) if shape.norm else None
-    call = partial(nf4_linear, norm=norm, gated=shape.gated)
+    call = partial(product, shape, norm)
     w = weights.dequantize(torch.empty(weights.N, weights.D, device=device))
     terms = (lora.a.float(), lora.b.float(), lora.scaling, lora.slots)
     wide = (norm[0].float(), norm[1]) if norm else None
@@ -139,16 +206,16 @@ def bench_linear(shape: Shape, M: int, copy: float | None, device: str) -> list[
     rows = []
     for config in variants(shape, M):
         row: dict[str, Any] = {"shape": shape.name, "M": M, "kernel": describe(config)}
-        row["error"] = relative(call(x, weights, lora, config=config), wanted)
+        row["error"] = relative(call(config, weights, lora)(x), wanted)
         if copy:
-            calls = [partial(call, x, w, a, config=config) for w, a in copies]
+            calls = [partial(call(config, w, a), x) for w, a in copies]
             row |= rate(microseconds(calls), size, copy)
         rows.append(row)
-        if copy and isinstance(config, Cut):
-            calls = [partial(call, x, w, config=config) for w, _ in copies]
+        if copy and not isinstance(config, Config):
+            calls = [partial(call(config, w), x) for w, _ in copies]
             bare = rate(microseconds(calls), size - lora.a.nbytes - lora.b.nbytes, copy)
             rows.append(row | {"kernel": f"{row['kernel']} no adapter", "error": None} | bare)
-    if copy:
+    if copy and M <= 16:
         read = weights.codes.nbytes + weights.absmax.nbytes
         took = microseconds([bitsandbytes_call(each, x) for each, _ in copies])
         rows.append({"shape": shape.name, "M": M, "kernel": "bitsandbytes", "error": None} | rate(took, read, copy))

@@ -1,7 +1,7 @@
 """CUDA C++ without a GPU: compiled as C++ over `cuda_on_cpu.hpp`, a thread for every thread of its programs.
 
-What PTX does in a kernel (products, loads, rounding) is done there; indices and counters are the kernel's own. What only
-a GPU decides, its memory model above all, is left to the tests marked so.
+What PTX does in a kernel (products, loads, rounding) is done there; indices and counters are the kernel's own. What
+only a GPU decides, its memory model above all, is left to the tests marked so.
 """
 
 import ctypes

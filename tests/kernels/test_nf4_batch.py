@@ -37,12 +37,12 @@ def rounded(w: Tensor) -> Tensor:
 
 def check(
     M: int, sizes: tuple[int, ...], D: int, cut: Cut | None, device: str, close: Callable[..., None],
-    stored: str = "bfloat16", ranks: tuple[int, int] | None = None, slots: tuple[int, ...] = (0,), residual: bool = False,
-    double: bool = False,
+    stored: str = "bfloat16", ranks: tuple[int, int] | None = None, slots: tuple[int, ...] = (0,),
+    residual: bool = False, double: bool = False,
 ) -> None:  # fmt: skip
     """Against fp32, twice with the same bits; rows further apart than they are long."""
-    weights, plain = quantised(sizes, D, device, double, getattr(torch, stored))
-    assert weights.absmax.dtype == (torch.uint8 if double else getattr(torch, stored))
+    weights, plain = quantised(sizes, D, device, double, torch.float32 if double else getattr(torch, stored))
+    assert double or weights.absmax.dtype == getattr(torch, stored)
     wide = torch.randn(M, D + 8, device=device).bfloat16()
     x, every = wide[:, :D], [slots[m % len(slots)] for m in range(M)]
     lora, terms = adapters(sizes, D, every, torch.bfloat16, device, ranks) if ranks else (None, [])
@@ -73,7 +73,7 @@ def check(
         (33, (80,), 576, Cut(2, 1, 2, 2), 4, {"ranks": (20, 5), "residual": True, "stored": "float16"}),
         (64, (64, 32), 512, Cut(1, 2, 2, 4), 5, {"ranks": (40, 8), "slots": (1, 0)}),
         (16, (96, 32), 1024, Cut(4, 2, 1, 2), 7, {"ranks": (136, 8), "stored": "float32", "residual": True}),
-        (9, (256, 128), 128, Cut(2, 1, 2, 2, stages=2), 2, {"double": True, "stored": "float32", "ranks": (8, 8), "slots": (0, -1)}),
+        (9, (256, 128), 128, Cut(2, 1, 2, 2, stages=2), 2, {"double": True, "ranks": (8, 8), "slots": (0, -1)}),
         (5, (16, 16), 64, Cut(2, 1, 2, 2), 9, {"ranks": (3, 2), "stored": "float32"}),
     ],
 )
@@ -84,3 +84,60 @@ def test_program_by_program(
     monkeypatch.setattr(module, "_compiled", compiled)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=programs))
     check(M, sizes, D, cut, "cpu", close, **options)
+
+
+gpu = pytest.mark.skipif(not CUDA, reason="needs CUDA")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("M", [1, 16, 17, 33, 64])
+@pytest.mark.parametrize(
+    ("sizes", "D"),
+    [
+        ((4096,) * 3, 4096),
+        ((4096,), 4096),
+        ((11008,) * 2, 4096),
+        ((4096,), 11008),
+        ((4096, 1024, 1024), 4096),
+        ((576, 192, 192), 576),
+        ((1536, 1536), 576),
+        ((576,), 1536),
+    ],
+)
+def test_models(M: int, sizes: tuple[int, ...], D: int, close: Callable[..., None]) -> None:
+    check(M, sizes, D, None, "cuda", close)
+    check(M, sizes, D, None, "cuda", close, ranks=(64, 16), slots=(0, 1, -1), residual=len(sizes) == 1)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(
+    "cut", [Cut(2, 1, 2), Cut(2, 2, 2), Cut(2, 1, 2, stages=2), Cut(2, 1, 1, 4, 2, 2), Cut(4, 2, 1)]
+)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16", "double"])
+def test_cuts_and_scales(cut: Cut, stored: str, close: Callable[..., None]) -> None:
+    form = {"double": True} if stored == "double" else {"stored": stored}
+    for M, sizes, D in ((64, (2048, 512, 512), 2048), (20, (176, 80), 704), (9, (16,), 64)):
+        check(M, sizes, D, cut, "cuda", close, ranks=(136, 3), slots=(1, -1, 0, 0), **form)
+        check(M, sizes, D, cut, "cuda", close, residual=True, **form)
+
+
+@pytest.mark.gpu
+@gpu
+def test_replays_with_new_rows_and_adapters(close: Callable[..., None]) -> None:
+    sizes, D, M = (4096,), 2048, 40
+    weights, _ = quantised(sizes, D, "cuda")
+    lora, _ = adapters(sizes, D, [0] * M, torch.bfloat16, "cuda")
+    x = torch.zeros(M, D, device="cuda", dtype=torch.bfloat16)
+    nf4_batch(x, weights, lora)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [nf4_batch(x, weights, lora) for _ in range(20)]
+    for _ in range(20):
+        x.copy_(torch.randn(M, D))
+        lora.slots.copy_(torch.randint(-1, 2, (M,), dtype=torch.int32))
+        graph.replay()
+        wanted = nf4_batch(x, weights, lora)
+        assert wanted is not None and wanted.any()
+        assert all(torch.equal(y, wanted) for y in captured if y is not None)

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medlora.kernels.nf4 import store_scales, stored_scales
+from medlora.kernels.nf4_batch import MAX_ROWS as BATCH_ROWS
+from medlora.kernels.nf4_batch import nf4_batch, serves
 from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_linear
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
@@ -71,7 +73,7 @@ class Half(NamedTuple):
 
 
 class Nf4:
-    """bitsandbytes' codes: read as they are for few rows, dequantised for many.
+    """bitsandbytes' codes: read as they are for few rows and for a batch, dequantised for many.
 
     The modules' own tensors become views of codes and scales side by side, so that there is one copy.
     """
@@ -92,6 +94,9 @@ class Nf4:
 
     def reads_codes(self, x: Tensor) -> bool:
         return len(x) <= MAX_ROWS and self.bias is None
+
+    def reads_batch(self, x: Tensor) -> bool:
+        return len(x) <= BATCH_ROWS and self.bias is None and self.kept is None and serves(x.device, x.dtype)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if self.kept is not None:
@@ -253,14 +258,18 @@ class Projection:
     ) -> Tensor:
         """x [T, D] -> [T, N], or [T, N / 2] if gated; `residual` [T, N] may be overwritten."""
         adapted = self.ranks > 0 and choice.any
+        terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
         if isinstance(self.weight, Nf4) and self.weight.reads_codes(x):
-            terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
             return nf4_linear(x, self.weight.codes, terms, norm=norm, gated=self.gated, residual=residual)
         if self.for_steps and choice.step:
             wide = x.float() if norm is None else F.rms_norm(x.float(), x.shape[1:], norm[0].float(), norm[1])
             y = self.for_steps(wide, choice).to(x.dtype)
             return y if residual is None else residual.add_(y)
         x = rms_norm(x, *norm) if norm else x
+        if isinstance(self.weight, Nf4) and self.weight.reads_batch(x):
+            product = nf4_batch(x, self.weight.codes, terms, residual=residual, out=residual)
+            if product is not None:
+                return gated(product) if self.gated else product
         if self.half_block:
             y, h_TR = self.weight(x).tensor_split([sum(self.sizes)], 1)
             if adapted:

@@ -233,9 +233,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
       const int s = base ? 0 : more / parts, width = base ? D : R, row_to_row = base ? x_row : S * G * R;
       const u16* const rows = base ? x : h + (s * G + module_of(coming.tile)) * R;
       uint4* const input = inputs + (group * STAGES + filled) * ROWS * PIECES;
+      const int first = again(member);
 #pragma unroll
       for (int i = 0; i < ROWS * PIECES; i += MEMBERS) {
-        const int at = i + member, row = at / PIECES, piece = at % PIECES ^ row % 2 * 4;  // piece w * 4 + t
+        const int at = i + first, row = at / PIECES, piece = at % PIECES ^ row % 2 * 4;  // piece w * 4 + t
         const int column = (base ? unit : more % parts) * COLUMNS + 8 * (base ? piece % 4 * 4 + piece / 4 : piece);
         const bool inside = at < ROWS * PIECES && row < M && column < width && (base || slot[row] == s);
         if (at < ROWS * PIECES) stage(input + at, inside ? rows + row * row_to_row + column : rows, inside);

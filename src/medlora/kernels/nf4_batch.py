@@ -4,7 +4,7 @@
 weights of a 7B take 12 GiB more and four times the bytes a step. nf4_batch.cu says how it works. Two launches where
 there are adapters: h = x A' for all of them, then the product, which leaves out what a row's own adapter did not make.
 
-bfloat16 on a GPU from compute capability 8.0 on; anything else is for the caller. A weight is the table's value times
+bfloat16 on a GPU, where `serves` says so; anything else is for the caller. A weight is the table's value times
 its scale, each rounded to bfloat16, and rounded again.
 
 Shapes: M rows, D inputs, N outputs, G modules, R rank, S adapters.
@@ -57,9 +57,12 @@ def choose_cut(N: int) -> Cut:
     return Cut(2, 1, 2) if N > 8192 else Cut(2, 2, 2)
 
 
-def serves(x: Tensor) -> bool:
-    """Whether nf4_batch.cu takes such a tensor, if it can be compiled."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+def serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether nf4_batch.cu runs there, if it can be compiled: from compute capability 8.0 on, with room for 64 rows."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype != torch.bfloat16:
+        return False
+    found, most = torch.cuda.get_device_properties(device), max(choose_cut(N).shared(MAX_ROWS) for N in (1, 2**30))
+    return found.major >= 8 and getattr(found, "shared_memory_per_block_optin", 0) >= most  # torch's types leave it out
 
 
 def nf4_batch(
@@ -142,6 +145,6 @@ def _check(x: Tensor, weights: NF4Weights, lora: LoraTerms | None, residual: Ten
     if lora is None:
         return
     S, G, R = lora.a.shape[0], len(weights.sizes), lora.b.shape[2]
-    shapes = (lora.a.shape, lora.b.shape[:2], lora.scaling.shape)
-    if shapes != ((S, G * R, D), (S, N), (S, G)) or len(lora.slots) < M or not (lora.a.dtype == lora.b.dtype == x.dtype):
+    shapes, alike = (lora.a.shape, lora.b.shape[:2], lora.scaling.shape), lora.a.dtype == lora.b.dtype == x.dtype
+    if shapes != ((S, G * R, D), (S, N), (S, G)) or len(lora.slots) < M or not alike:
         raise ValueError(f"adapters a {tuple(lora.a.shape)}, b {tuple(lora.b.shape)} do not fit x and {(N, D)}")

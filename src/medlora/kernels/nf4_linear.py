@@ -62,8 +62,8 @@ class NF4Weights:
     double: DoubleQuant | None = None
     """Its offset holds one value a module, [G]."""
     counters: Tensor = field(init=False, repr=False)
-    """int32 [2 + N // 16], zero between launches: what nf4_linear.cu's programs wait for each other by, and by which those
-    of nf4_batch.cu that share a tile know the last one."""
+    """int32 [2 + N // 16], zero between launches: what nf4_linear.cu's programs wait for each other by, and how many of
+    those that share a tile are through in nf4_batch.cu."""
 
     def __post_init__(self) -> None:
         counters = torch.zeros(2 + self.N // TILE, dtype=torch.int32, device=self.codes.device)
