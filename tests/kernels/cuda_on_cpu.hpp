@@ -65,7 +65,7 @@ void __nanosleep(int) { std::this_thread::yield(); }
 int atomicAdd(int* at, int more) { return __atomic_fetch_add(at, more, __ATOMIC_RELAXED); }
 int arrived(const int* counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
 
-float4 __ldcg(const float4* at) { return *at; }
+template <class T> T __ldcg(const T* at) { return *at; }
 size_t __cvta_generic_to_shared(const void* at) { return (const char*)at - program->staged; }
 unsigned look_up(unsigned at) { return *(const unsigned*)(program->staged + at); }
 template <int MEMBERS> void meet(int group) {

@@ -149,7 +149,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
   int *const slot = (int*)(sums + ROWS * PITCH), *const last = slot + ROWS;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const u32 own = u32(__cvta_generic_to_shared(table)) + 4 * lane;  // the lane's bank
-  const int group = threadIdx.x / MEMBERS, member = threadIdx.x % MEMBERS, output = 16 * TALL * (member / 32) + g;
+  const int group = threadIdx.x / MEMBERS, output = 16 * TALL * (threadIdx.x % MEMBERS / 32) + g;
+  const u32 member = threadIdx.x % MEMBERS;
 
   const int blocks = D / 64, chunks = (D + COLUMNS - 1) / COLUMNS, parts = LORA ? (R + COLUMNS - 1) / COLUMNS : 1;
   const int units = chunks + LORA * S * parts;  // of a tile
@@ -170,14 +171,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
   Scale raw[AHEAD][TALL][2];
   float scaled[AHEAD];  // by s of an adapter
   Place ahead[AHEAD];   // what is asked for next
-  // Where row i, r of the lane finds its 16 bytes of a unit, or of its quarter w if the unit is an adapter's.
-  auto source = [&](Place at, int w, int i, int r) {
-    const size_t row = min(first_of(at.tile) + output + 16 * i + 8 * r, end_of(at.tile) - 1);
-    const int more = at.unit - chunks, rank = more % parts * COLUMNS + 32 * w + 8 * t;
-    const u8* adapter = (const u8*)(b + (more / parts * size_t(N) + row) * R + (rank < R ? rank : 0));
-    const u8* base = codes + (row * blocks + min(2 * at.unit + t / 2, blocks - 1)) * 32 + 16 * (t % 2);
-    return LORA && more >= 0 ? adapter : base;
+  // The lane's 16 bytes of a unit in row 0, or of its quarter w if the unit is an adapter's, and how far apart rows are.
+  struct Source {
+    const u8* first;
+    int row;
   };
+  auto source = [&](Place at, int w) -> Source {
+    const int more = at.unit - chunks, rank = more % parts * COLUMNS + 32 * w + 8 * t;
+    if (LORA && more >= 0) return {(const u8*)(b + size_t(more / parts * N) * R + (rank < R ? rank : 0)), 2 * R};
+    return {codes + min(2 * at.unit + t / 2, blocks - 1) * 32 + 16 * (t % 2), 32 * blocks};
+  };
+  auto row_of = [&](int tile, int i) { return min(first_of(tile) + output + 8 * i, end_of(tile) - 1); };
   auto settle = [&](int e) {  // to this group's next unit; behind the last one the old one's neighbour is asked for
     Place& at = ahead[e];
     while (at.unit >= stop(at.tile) && at.tile < final) at.tile++, at.unit = e * GROUPS + group;
@@ -186,21 +190,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
   auto fetch = [&](int e) {
     const Place at = ahead[e];
     const int more = at.unit - chunks;
+    const Source from = source(at, 0);
+    const int first = min(2 * at.unit + t / 2, blocks - 1);
 #pragma unroll
-    for (int i = 0; i < TALL; i++)
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        held[e][i][r] = stream(source(at, 0, i, r));
-        const int row = min(first_of(at.tile) + output + 16 * i + 8 * r, end_of(at.tile) - 1);
-        const int block = row * blocks + min(2 * at.unit + t / 2, blocks - 1);
+    for (int i = 0; i < 2 * TALL; i++) {
+      const int row = row_of(at.tile, i), block = row * blocks + first;
+      held[e][i / 2][i % 2] = stream(from.first + size_t(row) * from.row);
+      Scale& scale = raw[e][i / 2][i % 2];
 #if SCALES == 0
-        raw[e][i][r].stored = ((const float*)absmax)[block];
+      scale.stored = ((const float*)absmax)[block];
 #elif SCALES == 3
-        raw[e][i][r].stored = ((const u8*)absmax)[block], raw[e][i][r].outer = outer[block / 256];
+      scale.stored = ((const u8*)absmax)[block], scale.outer = outer[block / 256];
 #else
-        raw[e][i][r].stored = ((const u16*)absmax)[block];
+      scale.stored = ((const u16*)absmax)[block];
 #endif
-      }
+    }
     if (LORA) scaled[e] = scaling[more < 0 ? 0 : more / parts * G + module_of(at.tile)];
     ahead[e].unit += AHEAD * GROUPS, settle(e);
   };
@@ -221,7 +225,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
     table[i] = values[i / 32 >> 4] | u32(values[i / 32 & 15]) << 16;
   early_start();
   if (LORA)
-    for (int row = threadIdx.x; row < ROWS; row += THREADS) slot[row] = row < M ? slots[row] : -1;
+    for (int row = threadIdx.x; row < ROWS; row += THREADS) slot[row] = row < M ? __ldcg(slots + row) : -1;
   __syncthreads();
 
   Place coming = start;  // what is staged next
@@ -231,15 +235,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
     if (unit < end) {  // else there is none, or none for this group
       const bool base = !LORA || more < 0;
       const int s = base ? 0 : more / parts, width = base ? D : R, row_to_row = base ? x_row : S * G * R;
-      const u16* const rows = base ? x : h + (s * G + module_of(coming.tile)) * R;
-      uint4* const input = inputs + (group * STAGES + filled) * ROWS * PIECES;
-      const int first = again(member);
+      const int piece = member % PIECES ^ member / PIECES % 2 * 4;  // w * 4 + t; of every row that this thread stages
+      const int column = (base ? unit : more % parts) * COLUMNS + 8 * (base ? piece % 4 * 4 + piece / 4 : piece);
+      const u16* const rows = (base ? x : h + (s * G + module_of(coming.tile)) * R) + (column < width ? column : 0);
+      uint4* const input = inputs + (group * STAGES + filled) * ROWS * PIECES + member;
 #pragma unroll
-      for (int i = 0; i < ROWS * PIECES; i += MEMBERS) {
-        const int at = i + first, row = at / PIECES, piece = at % PIECES ^ row % 2 * 4;  // piece w * 4 + t
-        const int column = (base ? unit : more % parts) * COLUMNS + 8 * (base ? piece % 4 * 4 + piece / 4 : piece);
-        const bool inside = at < ROWS * PIECES && row < M && column < width && (base || slot[row] == s);
-        if (at < ROWS * PIECES) stage(input + at, inside ? rows + row * row_to_row + column : rows, inside);
+      for (int i = 0; i < ROWS * PIECES / MEMBERS; i++) {
+        const int row = member / PIECES + i * (MEMBERS / PIECES);
+        const bool inside = column < width && row < M && (base || slot[row] == s);
+        stage(input + i * MEMBERS, rows + (inside ? row * row_to_row : 0), inside);
       }
     }
     if (coming.tile <= final && (coming.unit += GROUPS) >= end) coming = {coming.tile + 1, 0};
@@ -293,11 +297,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
 #pragma unroll
             for (int i = 0; i < 8 * TALL; i++)
               left[i / 8][i / 4 % 2][i % 4] = times(word(held[e][i / 8][i % 2], i / 2 % 4), s);
+            const Source next = source(at, w + 1);
             if (w + 1 == quarters)
               fetch(e);
             else
 #pragma unroll
-              for (int i = 0; i < 2 * TALL; i++) held[e][i / 2][i % 2] = stream(source(at, w + 1, i / 2, i % 2));
+              for (int i = 0; i < 2 * TALL; i++)
+                held[e][i / 2][i % 2] = stream(next.first + size_t(row_of(tile, i)) * next.row);
             multiply(input, w);
           }
         }
@@ -348,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
           if (row >= M || n >= end_of(tile)) continue;
           float4 sum = total[i];
           if (RESIDUAL) {
-            const ushort4 more = *(const ushort4*)(residual + size_t(row) * residual_row + n);
+            const ushort4 more = __ldcg((const ushort4*)(residual + size_t(row) * residual_row + n));
             sum.x += wide(more.x), sum.y += wide(more.y), sum.z += wide(more.z), sum.w += wide(more.w);
           }
           *(ushort4*)(y + size_t(row) * y_row + n) =
