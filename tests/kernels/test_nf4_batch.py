@@ -5,12 +5,15 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from medlora.generate.weights import Choice, Projection
 from medlora.kernels import nf4_batch as module
 from medlora.kernels.nf4_batch import Cut, nf4_batch
+from medlora.kernels.nf4_linear import NF4Weights
 
 from .cuda_on_cpu import compiler, translated
 from .test_nf4_linear import adapters, quantised
@@ -84,6 +87,38 @@ def test_program_by_program(
     monkeypatch.setattr(module, "_compiled", compiled)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=programs))
     check(M, sizes, D, cut, "cpu", close, **options)
+
+
+@pytest.mark.skipif(CUDA or not shutil.which("g++"), reason="needs g++; a GPU does without")
+def test_a_batch_of_a_decoder_reads_codes(
+    compiled: Callable[..., Any], close: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it comes from dequantised weights, without dequantising any."""
+
+    def adapted(D: int, N: int) -> Any:
+        base = bnb.nn.LinearNF4(D, N, bias=False, compute_dtype=torch.bfloat16)
+        base.weight = bnb.nn.Params4bit(torch.randn(N, D) / D**0.5, requires_grad=False, quant_type="nf4", blocksize=64)
+        factors = {"lora_A": torch.randn(5, D) / D**0.5, "lora_B": torch.randn(N, 5) / 5**0.5}
+        parts = {name: {"one": SimpleNamespace(weight=nn.Parameter(part))} for name, part in factors.items()}
+        rest = {"scaling": {"one": 0.5}, "merged": False, "lora_variant": {}, "lora_bias": {}}
+        return SimpleNamespace(base_layer=base.to("cpu"), **parts, **rest)
+
+    monkeypatch.setattr(module, "_compiled", compiled)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=3))
+    slots = [-1, 0, 0, -1] * 5
+    choice, x = Choice(slots, torch.tensor(slots, dtype=torch.int32)), torch.randn(20, 128).bfloat16()
+    norm = torch.rand(128).bfloat16(), 1e-5
+    gate_up = Projection([adapted(128, 64), adapted(128, 64)], ["one"], torch.bfloat16, gated=True)
+    down = Projection([adapted(64, 128)], ["one"], torch.bfloat16)
+    for projection in (gate_up, down):
+        projection.refresh()
+    with torch.no_grad():
+        middle = gate_up(x, choice, norm=norm)
+        wanted = down(middle, choice, residual=x.clone())
+        monkeypatch.setattr("medlora.generate.weights.serves", lambda *_: True)
+        monkeypatch.setattr(NF4Weights, "dequantize", None)
+        close(gate_up(x, choice, norm=norm), middle, roundings=6)
+        close(down(middle, choice, residual=x.clone()), wanted, roundings=3)
 
 
 gpu = pytest.mark.skipif(not CUDA, reason="needs CUDA")
