@@ -17,7 +17,7 @@
 //
 // With ONE there is one row, and no launch comes before this one. Every program norms x for itself, into shared memory,
 // while its first codes are on their way. The ranks of h = s f(x) A' are shared out, one a program, the first programs
-// first, or several programs a rank. Programs that run make h before they wait for it, so the wait ends even if not all run at once. The last program
+// first, or two or four a rank. Programs that run make h before they wait for it, so the wait ends even if not all run at once. The last program
 // through sets the counters back to zero.
 //
 // With GATED, W is gate beside up: a program takes 16 outputs of gate, then those of up, and writes silu(gate) up.
@@ -30,7 +30,9 @@ typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-constexpr int THREADS = 32 * (WARPS + 1), ROWS = 4 * TILES, OUTPUTS = ROWS * 16 / 32, STEPS = 4;  // of a lane; of ranks
+constexpr int THREADS = 32 * (WARPS + 1), ROWS = 4 * TILES, OUTPUTS = ROWS * 16 / 32;  // of a lane
+constexpr int STEPS = 4, AT_ONCE = 8;  // of 16 ranks, and of 32, whose loads are under way together
+constexpr int QUARTERS = TILES == 2 ? 2 : 4;  // of a lane's columns that it loads x of at once: registers
 
 __device__ __constant__ u16 values[16] = {TABLE};
 
@@ -123,8 +125,8 @@ __device__ __forceinline__ u32 ranks(const u16* row, int k, int R) {
 }
 
 // x [M, D], codes [N, D / 2], absmax [N, D / 64], h [M, G R], b [S, N, R], residual and y [M, N], or y [M, N / 2] if
-// GATED. Read only with ONE: norm [D], a [S, G R, D], scaling [S, G], counters [2]; h is then room for shares of it, fp32
-// [programs or G R]. What another kernel may still be writing is not __restrict__: it must not be read before the wait.
+// GATED. Read only with ONE: norm [D], a [S, G R, D], scaling [S, G], counters [2]; h is then room for its shares, fp32
+// [G R, 4]. What another kernel may still be writing is not __restrict__: it must not be read before the wait.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
     const u16* x, const u8* __restrict__ codes, const void* __restrict__ absmax,
     const float* __restrict__ code, const float* __restrict__ outer, const float* __restrict__ offset,
@@ -186,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
     table[i] = values[i / 32 >> 4] | u32(values[i / 32 & 15]) << 16;
   if (NORM)  // each thread takes the same places again below
     for (int i = threadIdx.x; i < D / 8; i += THREADS) staged[i] = ((const uint4*)norm)[i];
-  const int shares = max(1, min(int(gridDim.x) / (G * R), groups));  // of a rank of h, one a program
+  const int shares = gridDim.x >= 4 * G * R ? 4 : gridDim.x >= 2 * G * R ? 2 : 1;  // of a rank of h, one a program
   auto edge = [&](int part) { return D / 8 * part / shares; };
   const int own_rank = blockIdx.x / shares, own_part = blockIdx.x % shares;
   if (ONE && LORA && warp == WARPS && S == 1 && own_rank < G * R && scaling[own_rank / R] != 0.f)
@@ -222,9 +224,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
 
   if (warp < WARPS) {
     float acc[TILES][4] = {};
-    uint4 in[4][TILES];  // a lane that feeds zeros never writes them
+    uint4 in[QUARTERS][TILES];  // a lane that feeds zeros never writes them
 #pragma unroll
-    for (int i = 0; i < 4 * TILES; i++) in[i % 4][i / 4] = make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < QUARTERS * TILES; i++) in[i % QUARTERS][i / QUARTERS] = make_uint4(0, 0, 0, 0);
     for (int turn = 0; turn < turns; turn++) {
       for (int group = first; group < last; group++) {
 #pragma unroll
@@ -232,20 +234,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
           float part[TILES][4] = {};
           const u16* column = input + 256 * group + 128 * second + 64 * e + 32 * (t % 2);
 #pragma unroll
-          for (int j = 0; j < TILES; j++)
-            if (feeds && 4 * j + from < M)
-#pragma unroll
-              for (int q = 0; q < 4; q++) in[q][j] = *(const uint4*)(column + size_t(4 * j + from) * x_row + 8 * q);
-#pragma unroll
           for (int q = 0; q < 4; q++) {  // 8 columns of each lane
+            if (q % QUARTERS == 0)
+#pragma unroll
+              for (int j = 0; j < TILES; j++)
+                if (feeds && 4 * j + from < M)
+#pragma unroll
+                  for (int i = 0; i < QUARTERS; i++)
+                    in[i][j] = *(const uint4*)(column + size_t(4 * j + from) * x_row + 8 * (q + i));
             const u32 upper = word(held[e][0], q), lower = word(held[e][1], q);
 #pragma unroll
             for (int step = 0; step < 2; step++) {
               const u32 a0 = decode(upper, 2 * step), a1 = decode(lower, 2 * step);
               const u32 a2 = decode(upper, 2 * step + 1), a3 = decode(lower, 2 * step + 1);
 #pragma unroll
-              for (int j = 0; j < TILES; j++)
-                mma(part[j], a0, a1, a2, a3, word(in[q][j], 2 * step), word(in[q][j], 2 * step + 1));
+              for (int j = 0; j < TILES; j++) {
+                const uint4& x8 = in[q % QUARTERS][j];
+                mma(part[j], a0, a1, a2, a3, word(x8, 2 * step), word(x8, 2 * step + 1));
+              }
             }
           }
           fetch_codes(e);
@@ -295,7 +301,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
     for (int c = edge(part) + lane; c < edge(part + 1); c += 32) sum += dot(row[c], ((const uint4*)input)[c]);
     sum = warp_sum(sum);
     if (lane == 0) {
-      ((float*)h)[part * G * R + rank] = sum;
+      ((float*)h)[4 * rank + part] = sum * scaling[only * G + rank / R];
       __threadfence();
       atomicAdd(counters, 1);
     }
@@ -306,10 +312,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
     while (arrived(counters) < awaited) __nanosleep(20);
     // The answer is looked at in the end, so that nothing waits for it here.
     if (lane == 0) before = atomicAdd(counters + 1, 1);
-    for (int rank = lane; rank < G * R; rank += 32) {
-      float sum = 0.f;
-      for (int part = 0; part < shares && adapted >> rank / R & 1; part++) sum += ((const float*)h)[part * G * R + rank];
-      made[rank] = narrow(sum * scaling[only * G + rank / R]);
+    for (int begin = lane; begin < G * R; begin += 32 * AT_ONCE) {
+      float4 found[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) found[i] = ((const float4*)h)[min(begin + 32 * i, G * R - 1)];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; i++) {
+        const float two = shares > 1 ? found[i].x + found[i].y : found[i].x;
+        if (begin + 32 * i < G * R) made[begin + 32 * i] = narrow(shares > 2 ? two + (found[i].z + found[i].w) : two);
+      }
     }
     __syncwarp();
   }

@@ -14,9 +14,6 @@ row: the multiplications are then free) and apply a block's absmax to the fp32 r
   shares in order, so results do not depend on who came last. PRMT picks four bytes of eight by four nibbles: 2.6
   integer instructions a weight, whose units work at half rate, and that is its limit.
 
-Measured on an H100, Llama-2-7B's shapes, one row with an adapter of rank 64 (`bench/kernels_decode.py`): q, k, v 17.5
-us (Triton 32.0), o 8.2 (16.5), gate and up with SwiGLU 28.8 (47.5), down 14.6 (34.3).
-
 In bfloat16 the table's values are rounded to bf16 and scales are not; bitsandbytes rounds their product instead.
 
 Shapes: M rows, D inputs, N outputs, G modules, R rank, S adapters.
@@ -550,7 +547,7 @@ def _table_product(
     resident = min(cut.resident, kernel.resident) * torch.cuda.get_device_properties(y.device).multi_processor_count
     programs = min(y.shape[1] // TILE, resident)
     if cut.one:
-        h = torch.empty(max(programs, len(sizes) * R), dtype=torch.float32, device=x.device)
+        h = torch.empty(len(sizes) * R, 4, dtype=torch.float32, device=x.device)
     else:
         x, h = _prepare(x, weights, lora, norm, counters[:0], by_parity=False)
     code, outer, offset = weights.double or (absmax,) * 3
