@@ -8,7 +8,7 @@ On a GPU without --model the base has Llama-2-7B's shape and random weights, on 
 NF4; on a CPU it is the embedded one. Every side decodes greedily through an unmerged LoRA adapter, from the same random
 tokens, past any end token, in a process of its own.
 
-    1, 8, 64   that many prompts of 20 tokens at once, 200 tokens each: tokens a second, prefill included
+    1 ... 64   that many prompts of 20 tokens at once, 200 tokens each: tokens a second, prefill included
     first      milliseconds to the first token of a 1,000-token prompt
     long       a prompt of 3,900 tokens and 100 more: peak of allocated memory (on a CPU of the process)
     many       medlora only: memory after 2,000 requests beyond that after 200
@@ -35,7 +35,7 @@ import torch
 
 SIDES = ("medlora", "transformers", "unsloth")
 ADAPTERS = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}
-SETTINGS = ("1", "first", "long", "8", "64", "many")
+SETTINGS = ("1", "first", "long", "8", "32", "64", "many")
 """In this order: what a large batch takes, the engine holds on to."""
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 """Prompts of one length and how many tokens each gets -> the tokens."""

@@ -54,7 +54,6 @@ SHAPES = (
     Shape("gate, up", (11008,) * 2, 4096, norm=True, gated=True),
     Shape("down", (4096,), 11008),
 )
-BATCHES = (Batch(2, 1, 2), Batch(2, 2, 2), Batch(2, 1, 2, stages=2), Batch(2, 1, 1, 4, 2, 2), Batch(4, 2, 1))
 TINY = (Shape("q, k, v", (64, 32, 32), 128, norm=True), Shape("gate, up", (64, 64), 256, norm=True, gated=True))
 
 
@@ -74,7 +73,7 @@ def variants(shape: Shape, M: int) -> Iterator[Way]:
     """
     if M > 16:
         if torch.cuda.is_available():
-            yield from BATCHES
+            yield Batch()
         yield Dense()
         return
     if torch.cuda.is_available():
@@ -136,7 +135,7 @@ def describe(config: Way) -> str:
     if isinstance(config, Config):
         return "Triton " + " ".join(map(str, config))
     if isinstance(config, Batch):
-        return f"batch {' '.join(map(str, config))}"
+        return "nf4_batch"
     if isinstance(config, Dense):
         return "dequantised"
     return f"{config.resident} of {config.warps} warps{', one launch' if config.one else ''}"

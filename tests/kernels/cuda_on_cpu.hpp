@@ -32,9 +32,8 @@ struct Warp {
 struct Program {
   explicit Program(int threads) : warps(threads / 32) {
     for (int i = 0; i < 5; i++) barriers.emplace_back(threads);
-    for (int i = 0; i < 2; i++) halves.emplace_back(threads / 2);
   }
-  std::deque<std::barrier<>> barriers, halves;
+  std::deque<std::barrier<>> barriers;
   std::vector<Warp> warps;
   unsigned table[256 * 32];
   float sums[2 * 16 * 16 * 16], squares_of[16];
@@ -68,9 +67,6 @@ int arrived(const int* counter) { return __atomic_load_n(counter, __ATOMIC_ACQUI
 template <class T> T __ldcg(const T* at) { return *at; }
 size_t __cvta_generic_to_shared(const void* at) { return (const char*)at - program->staged; }
 unsigned look_up(unsigned at) { return *(const unsigned*)(program->staged + at); }
-template <int MEMBERS> void meet(int group) {
-  (MEMBERS == 32 * program->warps.size() ? program->barriers[0] : program->halves[group]).arrive_and_wait();
-}
 int again(int x) { return x; }
 void early_start() {}
 

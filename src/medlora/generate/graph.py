@@ -22,8 +22,6 @@ from medlora.generate.decoder import Decoder, Span
 from medlora.generate.weights import Choice
 from medlora.kernels.decode_attention import decode_attention, rope_append
 from medlora.kernels.dispatch import ceil_div, next_power_of_2
-from medlora.kernels.nf4_batch import MAX_ROWS as BATCH_ROWS
-from medlora.kernels.nf4_batch import serves
 from medlora.kernels.nf4_linear import MAX_ROWS
 from medlora.model.memory import free_bytes
 
@@ -97,8 +95,8 @@ class Steps:
         longest = max(ceil_div(span.past + span.new, BLOCK) for span in spans)
         size = next_power_of_2(len(tokens)), max(next_power_of_2(longest), NARROWEST)
         if size not in self.ready:
-            if size[0] > (BATCH_ROWS if serves(self.decoder.device, self.decoder.dtype) else MAX_ROWS):
-                self.decoder.keep(free_bytes(self.decoder.device))
+            if size[0] > MAX_ROWS:
+                self.decoder.keep(size[0], free_bytes(self.decoder.device))
             single = Single(self.decoder, *size)
             single.fill(tokens, spans, slots)
             self.ready[size] = single, self._capture(single)

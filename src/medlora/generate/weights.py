@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from medlora.kernels.nf4 import store_scales, stored_scales
 from medlora.kernels.nf4_batch import MAX_ROWS as BATCH_ROWS
-from medlora.kernels.nf4_batch import nf4_batch, serves
+from medlora.kernels.nf4_batch import beats_dense, nf4_batch, serves
 from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_linear
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
@@ -95,8 +95,10 @@ class Nf4:
     def reads_codes(self, x: Tensor) -> bool:
         return len(x) <= MAX_ROWS and self.bias is None
 
-    def reads_batch(self, x: Tensor) -> bool:
-        return len(x) <= BATCH_ROWS and self.bias is None and self.kept is None and serves(x.device, x.dtype)
+    def reads_batch(self, rows: int, *, if_kept: bool = False) -> bool:
+        """Whether nf4_batch serves as many rows, and better than kept weights where there are any."""
+        most = beats_dense(rows, self.codes.N) if if_kept or self.kept is not None else rows <= BATCH_ROWS
+        return most and self.bias is None and serves(self.codes.codes.device, self.dtype)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if self.kept is not None:
@@ -266,7 +268,7 @@ class Projection:
             y = self.for_steps(wide, choice).to(x.dtype)
             return y if residual is None else residual.add_(y)
         x = rms_norm(x, *norm) if norm else x
-        if isinstance(self.weight, Nf4) and self.weight.reads_batch(x):
+        if isinstance(self.weight, Nf4) and self.weight.reads_batch(len(x)):
             product = nf4_batch(x, self.weight.codes, terms, residual=residual, out=residual)
             if product is not None:
                 return gated(product) if self.gated else product

@@ -10,22 +10,20 @@
 // in shared memory such that eight lanes read 16 bytes each from different banks. Copies of x run STAGES - 1 units ahead,
 // codes AHEAD units, in registers that are filled again as soon as they are decoded. After the units of W come those of
 // the adapters, where b takes the place of decoded weights, h = x A' that of x, and s that of absmax; in rows that take
-// another adapter h counts as zero. With GROUPS, parts of a program take its units by turns, to read x for more outputs.
+// another adapter h counts as zero.
 //
 // Every program has an equal share of all units, one after the other, whatever tiles these belong to. Programs that share
 // a tile write what they have of it, and the last one to be through adds it up, in the order of programs, so that it does
 // not matter which one that is; then it sets the tile's counter back to zero. Nobody waits.
 //
-// Defined when it is compiled: WIDE (rows / 8), TALL, GROUPS, WARPS, STAGES, AHEAD, RESIDENT (programs on a
-// multiprocessor), SCALES (absmax in 0: fp32, 1: bf16, 2: fp16, 3: 8 bits, quantised again), LORA, RESIDUAL (0 or 1),
+// Defined when it is compiled: WIDE (rows / 8), TALL, WARPS, STAGES, AHEAD, SCALES (absmax in 0: fp32, 1: bf16, 2: fp16, 3: 8 bits, quantised again), LORA, RESIDUAL (0 or 1),
 // TABLE (the 16 values as bfloat16 bits).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned char u8;
 
-constexpr int THREADS = 32 * WARPS, MEMBERS = THREADS / GROUPS;  // of a program, of a group
-constexpr int ROWS = 8 * WIDE, OUTPUTS = 16 * TALL * WARPS / GROUPS;
+constexpr int THREADS = 32 * WARPS, ROWS = 8 * WIDE, OUTPUTS = 16 * TALL * WARPS;  // of a program
 constexpr int COLUMNS = 128, PIECES = COLUMNS / 8;              // of a unit; pieces of 16 bytes
 constexpr int PITCH = OUTPUTS + 4;                              // of sums, so that a warp's 32 lie in 32 banks
 constexpr int FOURS = ROWS * OUTPUTS / 4, EACH = FOURS / THREADS;  // sums by four; a thread's
@@ -97,11 +95,6 @@ __device__ __forceinline__ void landed() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-template <int MEMBERS>
-__device__ __forceinline__ void meet(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(MEMBERS) : "memory");
-}
-
 __device__ __forceinline__ void early_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -136,21 +129,20 @@ struct Place {
 // x [M, D], codes [N, D / 2], absmax [N, D / 64], h [M, S G R], b [S, N, R], scaling [S, G], slots [M], residual and y
 // [M, N], shares [2 programs, FOURS], counters [tiles]. R is a multiple of 8. What another kernel may still be writing
 // is not __restrict__: it must not be read before the wait.
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
+extern "C" __global__ void __launch_bounds__(THREADS) nf4_batch(
     const u16* x, const u8* __restrict__ codes, const void* __restrict__ absmax,
     const float* __restrict__ code, const float* __restrict__ outer, const float* __restrict__ offset,
     const u16* h, const u16* __restrict__ b, const float* __restrict__ scaling, const int* slots,
     const u16* residual, u16* y, float4* shares, int* counters,
     int x_row, int residual_row, int y_row, int M, int N, int D, int end0, int end1, int S, int R, int G) {
   extern __shared__ uint4 room[];
-  u32* const table = (u32*)room;                                       // [256][32]
-  uint4* const inputs = room + 256 * 32 / 4;                           // [GROUPS][STAGES][ROWS][PIECES]
-  float* const sums = (float*)(inputs + GROUPS * STAGES * ROWS * PIECES);  // [ROWS][PITCH]
+  u32* const table = (u32*)room;                              // [256][32]
+  uint4* const inputs = room + 256 * 32 / 4;                  // [STAGES][ROWS][PIECES]
+  float* const sums = (float*)(inputs + STAGES * ROWS * PIECES);  // [ROWS][PITCH]
   int *const slot = (int*)(sums + ROWS * PITCH), *const last = slot + ROWS;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const u32 own = u32(__cvta_generic_to_shared(table)) + 4 * lane;  // the lane's bank
-  const int group = threadIdx.x / MEMBERS, output = 16 * TALL * (threadIdx.x % MEMBERS / 32) + g;
-  const u32 member = threadIdx.x % MEMBERS;
+  const int output = 16 * TALL * (threadIdx.x / 32) + g;
 
   const int blocks = D / 64, chunks = (D + COLUMNS - 1) / COLUMNS, parts = LORA ? (R + COLUMNS - 1) / COLUMNS : 1;
   const int units = chunks + LORA * S * parts;  // of a tile
@@ -182,9 +174,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
     return {codes + min(2 * at.unit + t / 2, blocks - 1) * 32 + 16 * (t % 2), 32 * blocks};
   };
   auto row_of = [&](int tile, int i) { return min(first_of(tile) + output + 8 * i, end_of(tile) - 1); };
-  auto settle = [&](int e) {  // to this group's next unit; behind the last one the old one's neighbour is asked for
+  auto settle = [&](int e) {  // on to the next tile; behind the last unit the old one's neighbour is asked for
     Place& at = ahead[e];
-    while (at.unit >= stop(at.tile) && at.tile < final) at.tile++, at.unit = e * GROUPS + group;
+    while (at.unit >= stop(at.tile) && at.tile < final) at.tile++, at.unit = e;
     at.unit = min(at.unit, units - 1);
   };
   auto fetch = [&](int e) {
@@ -206,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
 #endif
     }
     if (LORA) scaled[e] = scaling[more < 0 ? 0 : more / parts * G + module_of(at.tile)];
-    ahead[e].unit += AHEAD * GROUPS, settle(e);
+    ahead[e].unit += AHEAD, settle(e);
   };
   auto factor = [&](const Scale& scale, int module) {
 #if SCALES == 0
@@ -220,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
 #endif
   };
 #pragma unroll
-  for (int e = 0; e < AHEAD; e++) ahead[e] = {start.tile, start.unit + e * GROUPS + group}, settle(e), fetch(e);
+  for (int e = 0; e < AHEAD; e++) ahead[e] = {start.tile, start.unit + e}, settle(e), fetch(e);
   for (int i = threadIdx.x; i < 256 * 32; i += THREADS)
     table[i] = values[i / 32 >> 4] | u32(values[i / 32 & 15]) << 16;
   early_start();
@@ -231,22 +223,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
   Place coming = start;  // what is staged next
   int filled = 0, taken = 0;
   auto stage_next = [&] {
-    const int unit = coming.unit + group, more = unit - chunks, end = stop(coming.tile);
-    if (unit < end) {  // else there is none, or none for this group
+    const int more = coming.unit - chunks;
+    if (coming.tile <= final) {
       const bool base = !LORA || more < 0;
       const int s = base ? 0 : more / parts, width = base ? D : R, row_to_row = base ? x_row : S * G * R;
-      const int piece = member % PIECES ^ member / PIECES % 2 * 4;  // w * 4 + t; of every row that this thread stages
-      const int column = (base ? unit : more % parts) * COLUMNS + 8 * (base ? piece % 4 * 4 + piece / 4 : piece);
+      const int piece = threadIdx.x % PIECES ^ threadIdx.x / PIECES % 2 * 4;  // w * 4 + t, of every row it stages
+      const int column = (base ? coming.unit : more % parts) * COLUMNS + 8 * (base ? piece % 4 * 4 + piece / 4 : piece);
       const u16* const rows = (base ? x : h + (s * G + module_of(coming.tile)) * R) + (column < width ? column : 0);
-      uint4* const input = inputs + (group * STAGES + filled) * ROWS * PIECES + member;
+      uint4* const input = inputs + filled * ROWS * PIECES + threadIdx.x;
 #pragma unroll
-      for (int i = 0; i < ROWS * PIECES / MEMBERS; i++) {
-        const int row = member / PIECES + i * (MEMBERS / PIECES);
+      for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
+        const int row = threadIdx.x / PIECES + i * (THREADS / PIECES);
         const bool inside = column < width && row < M && (base || slot[row] == s);
-        stage(input + i * MEMBERS, rows + (inside ? row * row_to_row : 0), inside);
+        stage(input + i * THREADS, rows + (inside ? row * row_to_row : 0), inside);
       }
     }
-    if (coming.tile <= final && (coming.unit += GROUPS) >= end) coming = {coming.tile + 1, 0};
+    if (coming.tile <= final && ++coming.unit >= stop(coming.tile)) coming = {coming.tile + 1, 0};
     staged_unit(), filled = filled + 1 == STAGES ? 0 : filled + 1;
   };
   for (int i = 0; i < STAGES - 1; i++) stage_next();
@@ -267,15 +259,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
                 word(right, 2 * step + 1));
       }
     };
-    for (int turn = begin; turn < end; turn += AHEAD * GROUPS)
+    for (int turn = begin; turn < end; turn += AHEAD)
 #pragma unroll
       for (int e = 0; e < AHEAD; e++) {
-        if (turn + e * GROUPS >= end) continue;
-        landed<STAGES - 2>(), meet<MEMBERS>(group), stage_next();
-        const uint4* input = inputs + ((group * STAGES + taken) * ROWS + g) * PIECES + t;
-        taken = taken + 1 == STAGES ? 0 : taken + 1;
-        const Place at = {tile, turn + e * GROUPS + group};
+        const Place at = {tile, turn + e};
         if (at.unit >= end) continue;
+        landed<STAGES - 2>(), __syncthreads(), stage_next();
+        const uint4* input = inputs + (taken * ROWS + g) * PIECES + t;
+        taken = taken + 1 == STAGES ? 0 : taken + 1;
         if (!LORA || at.unit < chunks) {
           u32 factors[TALL][2];
 #pragma unroll
@@ -310,18 +301,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_batch(
       }
 
     const int thread = again(threadIdx.x);
-    float* const at = sums + thread % 4 * 2 * PITCH + thread % MEMBERS / 32 * 16 * TALL + thread % 32 / 4;
+    float* const at = sums + thread % 4 * 2 * PITCH + thread / 32 * 16 * TALL + thread % 32 / 4;
 #pragma unroll
-    for (int turn = 0; turn < GROUPS; turn++) {
-      if (turn == thread / MEMBERS)
-#pragma unroll
-        for (int i = 0; i < TALL * WIDE * 4; i++) {
-          float& to = at[(i / 4 % WIDE * 8 + i % 2) * PITCH + i / 4 / WIDE * 16 + i % 4 / 2 * 8];
-          const float sum = acc[i / 4 / WIDE][i / 4 % WIDE][i % 4];
-          to = turn ? to + sum : sum;
-        }
-      __syncthreads();
-    }
+    for (int i = 0; i < TALL * WIDE * 4; i++)
+      at[(i / 4 % WIDE * 8 + i % 2) * PITCH + i / 4 / WIDE * 16 + i % 4 / 2 * 8] = acc[i / 4 / WIDE][i / 4 % WIDE][i % 4];
+    __syncthreads();
     auto sharing = [&](int unit) { return ((tile * units + unit + 1) * programs - 1) / work; };
     const int head = sharing(0), tail = sharing(units - 1);  // first and last program that has a part of this tile
     float4* const share = shares + thread;

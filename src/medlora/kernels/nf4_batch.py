@@ -1,7 +1,8 @@
 """y = x W' + s (x A') B' + residual for up to 64 rows, W read as NF4 codes: the linear layer of a batch's decode step.
 
 `nf4_linear` decodes a weight for every 16 rows anew; here one decoded weight meets all rows. Dequantised for good, the
-weights of a 7B take 12 GiB more and four times the bytes a step. nf4_batch.cu says how it works. Two launches where
+weights of a 7B take 12 GiB more and four times the bytes a step, and are faster only where `beats_dense` says no.
+nf4_batch.cu says how it works. Two launches where
 there are adapters: h = x A' for all of them, then the product, which leaves out what a row's own adapter did not make.
 
 bfloat16 on a GPU, where `serves` says so; anything else is for the caller. A weight is the table's value times
@@ -31,38 +32,38 @@ COLUMNS = 128  # of a unit of work
 class Cut(NamedTuple):
     """How nf4_batch.cu is compiled."""
 
-    tall: int
+    tall: int = 2
     """Tiles of 16 outputs a warp."""
-    groups: int
-    """Groups of warps that share the columns out."""
-    ahead: int
+    ahead: int = 2
     """Units by which codes are asked for ahead."""
     warps: int = 8
     stages: int = 3
-    resident: int = 1
-    """Programs on a multiprocessor."""
 
     @property
     def outputs(self) -> int:
         """Of a program at a time."""
-        return 16 * self.tall * self.warps // self.groups
+        return 16 * self.tall * self.warps
 
     def shared(self, rows: int) -> int:
         """Bytes: the table, the stages of x, the sums, the rows' adapters and a flag."""
-        return 2**15 + self.groups * self.stages * rows * 2 * COLUMNS + rows * (self.outputs + 4) * 4 + rows * 4 + 16
+        return 2**15 + self.stages * rows * 2 * COLUMNS + rows * (self.outputs + 4) * 4 + rows * 4 + 16
 
 
-def choose_cut(N: int) -> Cut:
-    """Fewer outputs a program where there are few, so that not too many programs share a tile."""
-    return Cut(2, 1, 2) if N > 8192 else Cut(2, 2, 2)
+CUT = Cut()
+
+
+def beats_dense(rows: int, N: int) -> bool:
+    """Whether this is faster than cuBLAS over weights dequantised for good: bench/kernels_decode.py, one H100."""
+    return rows <= (MAX_ROWS if N >= 16384 else 32)
 
 
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether nf4_batch.cu runs there, if it can be compiled: from compute capability 8.0 on, with room for 64 rows."""
     if device.type != "cuda" or torch.version.hip is not None or dtype != torch.bfloat16:
         return False
-    found, most = torch.cuda.get_device_properties(device), max(choose_cut(N).shared(MAX_ROWS) for N in (1, 2**30))
-    return found.major >= 8 and getattr(found, "shared_memory_per_block_optin", 0) >= most  # torch's types leave it out
+    found = torch.cuda.get_device_properties(device)
+    room = getattr(found, "shared_memory_per_block_optin", 0)  # torch's types leave it out
+    return found.major >= 8 and bool(room >= CUT.shared(MAX_ROWS))
 
 
 def nf4_batch(
@@ -72,7 +73,7 @@ def nf4_batch(
     *,
     residual: Tensor | None = None,
     out: Tensor | None = None,
-    cut: Cut | None = None,
+    cut: Cut = CUT,
 ) -> Tensor | None:
     """x W' + s (x A') B' + residual -> [M, N]; no gradient. Can be captured in a CUDA graph.
 
@@ -83,7 +84,6 @@ def nf4_batch(
         lora: adapters, None for none at all.
         residual: [M, N]; may be `out`.
         out: [M, N], rows dense.
-        cut: instead of what is chosen.
 
     Returns:
         None where nf4_batch.cu could not be compiled.
@@ -95,10 +95,10 @@ def nf4_batch(
     y = x.new_empty(M, N) if out is None else out
     added = y if residual is None else residual
     _check(x, weights, lora, added, y)
-    cut, rows = cut or choose_cut(N), max(next_power_of_2(M), 16)
+    rows = max(next_power_of_2(M), 16)
     kernel = _compiled(
-        x.device.index, cut.shared(rows), WIDE=rows // 8, TALL=cut.tall, GROUPS=cut.groups, WARPS=cut.warps,
-        STAGES=cut.stages, AHEAD=cut.ahead, RESIDENT=cut.resident, SCALES=SCALES.index(absmax.dtype),
+        x.device.index, cut.shared(rows), WIDE=rows // 8, TALL=cut.tall, WARPS=cut.warps,
+        STAGES=cut.stages, AHEAD=cut.ahead, SCALES=SCALES.index(absmax.dtype),
         LORA=int(lora is not None), RESIDUAL=int(residual is not None),
     )  # fmt: skip
     if kernel is None:
@@ -116,8 +116,7 @@ def nf4_batch(
         units += S * ceil_div(R, COLUMNS)
     code, outer, offset = weights.double or (absmax,) * 3
     work = sum(ceil_div(size, cut.outputs) for size in sizes) * units
-    resident = min(cut.resident, kernel.resident) * torch.cuda.get_device_properties(x.device).multi_processor_count
-    programs = min(work, resident)
+    programs = min(work, torch.cuda.get_device_properties(x.device).multi_processor_count)
     shares = torch.empty(programs * 2 * rows * cut.outputs, dtype=torch.float32, device=x.device)
     kernel(
         programs, x, weights.codes, absmax, code, outer, offset, h, b, scaling, slots, added, y, shares,
