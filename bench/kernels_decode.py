@@ -96,9 +96,7 @@ def product(
     def run(x: Tensor) -> Tensor:
         x = rms_norm(x, *norm) if norm else x
         if isinstance(way, Batch):
-            found = nf4_batch(x, weights, lora, cut=way)
-            assert found is not None
-            y = found
+            y = nf4_batch(x, weights, lora, cut=way)
         else:
             y, h = F.linear(x, every).tensor_split([weights.N], 1)
             if lora and factors is not None:

@@ -46,7 +46,15 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
         (Cut(1, 4, True), [1], (64, 32, 32), 512, "bfloat16", {"norm": True}),
         (Cut(1, 4, True), [-1], (64, 32, 32), 512, "bfloat16", {"residual": True}),
         (Cut(1, 8, True), [0], (64,), 1280, "float16", {"residual": True}),
-        (Cut(1, 8, True), [0], (64,), 1280, "bfloat16", {"norm": True, "ranks": (1, 1)}),  # a rank in three shares
+        (
+            Cut(1, 4, True),
+            [0],
+            (512,),
+            1280,
+            "bfloat16",
+            {"norm": True, "ranks": (5, 1), "programs": 32},
+        ),  # four a rank
+        (Cut(1, 2, True), [0], (256,), 256, "bfloat16", {"residual": True, "ranks": (3, 1), "programs": 16}),  # two
         (Cut(1, 2, True), [0], (80, 80), 256, "float32", {"norm": True, "gated": True}),
         (Cut(1, 4, True), [1], (64, 64), 512, "float32", {"norm": True, "double": True}),
         (Cut(1, 4), [1, -1, 0], (64, 32, 32), 512, "float32", {"norm": True}),
@@ -58,7 +66,9 @@ def test_program_by_program(
     compiled: Callable[..., Any], close: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, "_compiled", compiled)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=3))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=options.get("programs", 3))
+    )
     monkeypatch.setattr("medlora.kernels.nf4_linear.use_triton", lambda _: True)
     M, dtype = len(slots), torch.bfloat16
     weights, plain = quantised(sizes, D, "cpu", options.get("double", False), getattr(torch, stored))

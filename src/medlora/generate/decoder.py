@@ -138,13 +138,13 @@ class Decoder:
             return self.step_head(hidden.float())
         return self.head(hidden).float()
 
-    def keep(self, rows: int, free: int) -> None:
-        """Dequantise NF4 weights for good where steps of `rows` gain by it, if half of `free` bytes hold them."""
-        found = [(p, p.weight) for p in self.projections if isinstance(p.weight, Nf4) and p.weight.kept is None]
-        left = [(p, weight) for p, weight in found if not weight.reads_batch(rows, if_kept=True)]
-        size = sum(weight.codes.N * weight.codes.D + p.a.numel() for p, weight in left) * self.dtype.itemsize
+    def keep(self, free: int) -> None:
+        """Dequantise NF4 weights for good, if that takes no more than half of `free` bytes: for many rows a step."""
+        left = [p for p in self.projections if isinstance(p.weight, Nf4) and p.weight.kept is None]
+        weights = sum(w.codes.N * w.codes.D for w in (p.weight for p in left) if isinstance(w, Nf4))
+        size = (weights + sum(p.a.numel() for p in left)) * self.dtype.itemsize
         if size <= free // 2:
-            for projection, _ in left:
+            for projection in left:
                 projection.keep()
 
     @contextmanager

@@ -22,10 +22,12 @@ from medlora.generate.decoder import Decoder, Span
 from medlora.generate.weights import Choice
 from medlora.kernels.decode_attention import decode_attention, rope_append
 from medlora.kernels.dispatch import ceil_div, next_power_of_2
+from medlora.kernels.nf4_batch import serves
 from medlora.kernels.nf4_linear import MAX_ROWS
 from medlora.model.memory import free_bytes
 
 WARM_UP = 2  # runs before a capture, in which kernels compile and libraries allocate
+UNKEPT = 32  # rows up to which nf4_batch outdoes dequantised weights as a whole
 NARROWEST = 8  # blocks of the smallest table
 
 
@@ -44,7 +46,7 @@ class Single:
         self.cos, self.sin = decoder.tables
         self.tokens, self.lengths = zeros(rows, dtype=torch.int64), zeros(rows)
         self.table, slots = zeros(rows, width), zeros(rows)
-        self.choice = Choice(None, slots)
+        self.choice = Choice(None, slots, step=True)
         self.filled: Sequence[Sequence[int]] = []
 
     def fill(self, tokens: Tensor, spans: Sequence[Span], slots: Sequence[int]) -> None:
@@ -95,8 +97,8 @@ class Steps:
         longest = max(ceil_div(span.past + span.new, BLOCK) for span in spans)
         size = next_power_of_2(len(tokens)), max(next_power_of_2(longest), NARROWEST)
         if size not in self.ready:
-            if size[0] > MAX_ROWS:
-                self.decoder.keep(size[0], free_bytes(self.decoder.device))
+            if size[0] > (UNKEPT if serves(self.decoder.device, self.decoder.dtype) else MAX_ROWS):
+                self.decoder.keep(free_bytes(self.decoder.device))
             single = Single(self.decoder, *size)
             single.fill(tokens, spans, slots)
             self.ready[size] = single, self._capture(single)

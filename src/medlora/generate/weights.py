@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medlora.kernels.dispatch import ceil_div
 from medlora.kernels.nf4 import store_scales, stored_scales
 from medlora.kernels.nf4_batch import MAX_ROWS as BATCH_ROWS
 from medlora.kernels.nf4_batch import beats_dense, nf4_batch, serves
-from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_linear
+from medlora.kernels.nf4_linear import MAX_ROWS, RANK_STEP, LoraTerms, NF4Weights, nf4_linear
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
 
@@ -95,9 +96,9 @@ class Nf4:
     def reads_codes(self, x: Tensor) -> bool:
         return len(x) <= MAX_ROWS and self.bias is None
 
-    def reads_batch(self, rows: int, *, if_kept: bool = False) -> bool:
+    def reads_batch(self, rows: int) -> bool:
         """Whether nf4_batch serves as many rows, and better than kept weights where there are any."""
-        most = beats_dense(rows, self.codes.N) if if_kept or self.kept is not None else rows <= BATCH_ROWS
+        most = rows <= BATCH_ROWS if self.kept is None else beats_dense(rows, self.codes.N, self.codes.D)
         return most and self.bias is None and serves(self.codes.codes.device, self.dtype)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -221,7 +222,8 @@ class Projection:
         sizes, device = [base.out_features for base in bases], bases[0].weight.device
         found = [[_lora(module, name) for module in modules] for name in names]
         S, G = len(names), len(modules)
-        R = self.ranks = max((len(lora.a) for row in found for lora in row if lora), default=0)
+        r = max((len(lora.a) for row in found for lora in row if lora), default=0)
+        R = self.ranks = ceil_div(r, RANK_STEP) * RANK_STEP if isinstance(self.weight, Nf4) else r
         self.a = torch.zeros(S, G * R, bases[0].in_features, dtype=dtype, device=device)
         self.b = torch.zeros(S, sum(sizes), R, dtype=dtype, device=device)
         self.scaling = torch.tensor([[lora.scaling if lora else 0.0 for lora in row] for row in found]).to(device)
@@ -236,7 +238,7 @@ class Projection:
         self.half_block: Half | None = None
         """`block` in float16, once `weight` has every a below it."""
         alike = S == 1 and (device.type == "cuda" or dtype == torch.float32)  # else oneDNN refuses the strides
-        self.sizes, self.batched = sizes, _every_nth(found[0], sizes, R) if alike else None
+        self.sizes, self.batched = sizes, _every_nth(found[0], sizes, r) if alike else None
         self.copies: list[tuple[Tensor, Tensor]] = []
         self.parts: list[tuple[slice, slice, Tensor]] = []
         """(columns of y, ranks, b) of each adapted module."""
@@ -268,10 +270,9 @@ class Projection:
             y = self.for_steps(wide, choice).to(x.dtype)
             return y if residual is None else residual.add_(y)
         x = rms_norm(x, *norm) if norm else x
-        if isinstance(self.weight, Nf4) and self.weight.reads_batch(len(x)):
-            product = nf4_batch(x, self.weight.codes, terms, residual=residual, out=residual)
-            if product is not None:
-                return gated(product) if self.gated else product
+        if choice.step and isinstance(self.weight, Nf4) and self.weight.reads_batch(len(x)):
+            y = nf4_batch(x, self.weight.codes, terms, residual=residual, out=residual)
+            return gated(y) if self.gated else y
         if self.half_block:
             y, h_TR = self.weight(x).tensor_split([sum(self.sizes)], 1)
             if adapted:

@@ -1,7 +1,7 @@
 """y = x W' + s (x A') B' + residual for up to 64 rows, W read as NF4 codes: the linear layer of a batch's decode step.
 
 `nf4_linear` decodes a weight for every 16 rows anew; here one decoded weight meets all rows. Dequantised for good, the
-weights of a 7B take 12 GiB more and four times the bytes a step, and are faster only where `beats_dense` says no.
+weights of a 7B take 12 GiB more and four times the bytes a step, and are faster where `beats_dense` says no.
 nf4_batch.cu says how it works. Two launches where
 there are adapters: h = x A' for all of them, then the product, which leaves out what a row's own adapter did not make.
 
@@ -52,18 +52,21 @@ class Cut(NamedTuple):
 CUT = Cut()
 
 
-def beats_dense(rows: int, N: int) -> bool:
+def beats_dense(rows: int, N: int, D: int) -> bool:
     """Whether this is faster than cuBLAS over weights dequantised for good: bench/kernels_decode.py, one H100."""
-    return rows <= (MAX_ROWS if N >= 16384 else 32)
+    return rows <= (MAX_ROWS if N >= 16384 else 32 if N * D > 2**24 else 0)
 
 
+@cache
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether nf4_batch.cu runs there, if it can be compiled: from compute capability 8.0 on, with room for 64 rows."""
+    """Whether nf4_batch.cu runs there: from compute capability 8.0 on, with room for 64 rows, if it can be compiled."""
     if device.type != "cuda" or torch.version.hip is not None or dtype != torch.bfloat16:
         return False
     found = torch.cuda.get_device_properties(device)
     room = getattr(found, "shared_memory_per_block_optin", 0)  # torch's types leave it out
-    return found.major >= 8 and bool(room >= CUT.shared(MAX_ROWS))
+    if found.major < 8 or room < CUT.shared(MAX_ROWS):
+        return False
+    return _kernel(device.index, CUT, MAX_ROWS, torch.bfloat16, lora=False, residual=False) is not None
 
 
 def nf4_batch(
@@ -74,19 +77,16 @@ def nf4_batch(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     cut: Cut = CUT,
-) -> Tensor | None:
+) -> Tensor:
     """x W' + s (x A') B' + residual -> [M, N]; no gradient. Can be captured in a CUDA graph.
 
     Not from two streams at once over the same weights.
 
     Args:
-        x: bf16 [M, D] on a GPU, 1 <= M <= 64.
-        lora: adapters, None for none at all.
+        x: bf16 [M, D] where `serves` says so, 1 <= M <= 64.
+        lora: adapters, their ranks filled up to a multiple of 8; None for none at all.
         residual: [M, N]; may be `out`.
         out: [M, N], rows dense.
-
-    Returns:
-        None where nf4_batch.cu could not be compiled.
 
     Raises:
         ValueError: shapes, dtypes or strides that do not fit.
@@ -96,13 +96,8 @@ def nf4_batch(
     added = y if residual is None else residual
     _check(x, weights, lora, added, y)
     rows = max(next_power_of_2(M), 16)
-    kernel = _compiled(
-        x.device.index, cut.shared(rows), WIDE=rows // 8, TALL=cut.tall, WARPS=cut.warps,
-        STAGES=cut.stages, AHEAD=cut.ahead, SCALES=SCALES.index(absmax.dtype),
-        LORA=int(lora is not None), RESIDUAL=int(residual is not None),
-    )  # fmt: skip
-    if kernel is None:
-        return None
+    kernel = _kernel(x.device.index, cut, rows, absmax.dtype, lora=lora is not None, residual=residual is not None)
+    assert kernel is not None
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     S, R, units = 0, 8, ceil_div(D, COLUMNS)
@@ -110,9 +105,6 @@ def nf4_batch(
     if lora is not None:
         b, scaling, slots = lora.b, lora.scaling, lora.slots
         h, (S, _, R) = F.linear(x, lora.a.flatten(0, 1)), b.shape
-        if R % 8:
-            h, b = F.pad(h.view(-1, R), (0, -R % 8)), F.pad(b, (0, -R % 8))
-            R = b.shape[2]
         units += S * ceil_div(R, COLUMNS)
     code, outer, offset = weights.double or (absmax,) * 3
     work = sum(ceil_div(size, cut.outputs) for size in sizes) * units
@@ -124,6 +116,13 @@ def nf4_batch(
         len(sizes),
     )  # fmt: skip
     return y
+
+
+def _kernel(device: int, cut: Cut, rows: int, stored: torch.dtype, *, lora: bool, residual: bool) -> CudaKernel | None:
+    return _compiled(
+        device, cut.shared(rows), WIDE=rows // 8, TALL=cut.tall, WARPS=cut.warps, STAGES=cut.stages, AHEAD=cut.ahead,
+        SCALES=SCALES.index(stored), LORA=int(lora), RESIDUAL=int(residual),
+    )  # fmt: skip
 
 
 @cache
@@ -145,5 +144,5 @@ def _check(x: Tensor, weights: NF4Weights, lora: LoraTerms | None, residual: Ten
         return
     S, G, R = lora.a.shape[0], len(weights.sizes), lora.b.shape[2]
     shapes, alike = (lora.a.shape, lora.b.shape[:2], lora.scaling.shape), lora.a.dtype == lora.b.dtype == x.dtype
-    if shapes != ((S, G * R, D), (S, N), (S, G)) or len(lora.slots) < M or not alike:
+    if shapes != ((S, G * R, D), (S, N), (S, G)) or R % 8 or len(lora.slots) < M or not alike:
         raise ValueError(f"adapters a {tuple(lora.a.shape)}, b {tuple(lora.b.shape)} do not fit x and {(N, D)}")

@@ -16,9 +16,9 @@
 // next tile, and those of the first tile are asked for before the kernel that makes x has ended.
 //
 // With ONE there is one row, and no launch comes before this one. Every program norms x for itself, into shared memory,
-// while its first codes are on their way. The ranks of h = s f(x) A' are shared out, one a program, the first programs
-// first, or two or four a rank. Programs that run make h before they wait for it, so the wait ends even if not all run at once. The last program
-// through sets the counters back to zero.
+// while its first codes are on their way. The ranks of h = s f(x) A' are shared out among the programs, each to one, or
+// to two or four where there are as many. All programs of a launch must fit on the device at once, for each waits for
+// what the others make of h. The last program through sets the counters back to zero.
 //
 // With GATED, W is gate beside up: a program takes 16 outputs of gate, then those of up, and writes silu(gate) up.
 //
@@ -118,13 +118,9 @@ __device__ __forceinline__ int arrived(const int* counter) {
 }
 
 // Two neighbouring ranks of a row, zeros beyond R.
-__device__ __forceinline__ u32 ranks(const u16* row, int k, int R) {
-  if (R % 2 == 0) return k < R ? *(const u32*)(row + k) : 0;
-  u32 low = k < R ? row[k] : 0, high = k + 1 < R ? row[k + 1] : 0;
-  return low | high << 16;
-}
+__device__ __forceinline__ u32 ranks(const u16* row, int k, int R) { return k < R ? *(const u32*)(row + k) : 0; }
 
-// x [M, D], codes [N, D / 2], absmax [N, D / 64], h [M, G R], b [S, N, R], residual and y [M, N], or y [M, N / 2] if
+// x [M, D], codes [N, D / 2], absmax [N, D / 64], h [M, G R], b [S, N, R], R a multiple of 8, residual and y [M, N], or y [M, N / 2] if
 // GATED. Read only with ONE: norm [D], a [S, G R, D], scaling [S, G], counters [2]; h is then room for its shares, fp32
 // [G R, 4]. What another kernel may still be writing is not __restrict__: it must not be read before the wait.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(

@@ -40,6 +40,7 @@ from .swiglu import swiglu
 MAX_ROWS = 16
 MAX_MODULES = 3
 TILE = 16  # a module's outputs come in multiples of this
+RANK_STEP = 8  # and ranks of this: rows of b begin where loads of 16 bytes may
 PROGRAMS = 528  # programs that fill a GPU of 132 multiprocessors, four on each
 CHUNK = 4096  # most columns at once in `_prepare_kernel`
 RANKS = 4  # rows of A a program
@@ -103,7 +104,7 @@ class NF4Weights:
         return [part.view(-1, 1) for part in self.codes.split(self.sizes)]
 
     def dequantize(self, out: Tensor) -> Tensor:
-        """Write the weights into `out` [N, D] of any float dtype and return it: for more rows than MAX_ROWS."""
+        """Write the weights into `out` [N, D] of any float dtype and return it."""
         if self.double is None or len(self.sizes) == 1:
             return dequantize_nf4(self.codes, self.absmax.flatten(), out, self.double)
         for rows, double in self._parts(2**62):
@@ -147,7 +148,7 @@ class LoraTerms:
     """Adapters over an NF4Weights and which of them each row takes."""
 
     a: Tensor
-    """[S, G R, D], of x's dtype, module after module; a shorter rank is filled up with zeros."""
+    """[S, G R, D], of x's dtype, module after module; a shorter rank is filled up with zeros, R to a multiple of 8."""
     b: Tensor
     """[S, N, R], of x's dtype."""
     scaling: Tensor
@@ -165,7 +166,9 @@ class LoraTerms:
         dtype: torch.dtype,
     ) -> LoraTerms:
         """From (a [r, D], b [N_g, r], scaling), or None, of each adapter's modules; copies them."""
-        R = max((part[0].shape[0] for parts in adapters for part in parts if part), default=1)
+        R = RANK_STEP * ceil_div(
+            max((len(part[0]) for parts in adapters for part in parts if part), default=1), RANK_STEP
+        )
         S, G, device = len(adapters), len(sizes), slots.device
         a = torch.zeros(S, G, R, D, dtype=dtype, device=device)
         b = torch.zeros(S, sum(sizes), R, dtype=dtype, device=device)
@@ -435,7 +438,7 @@ def nf4_linear(
 ) -> Tensor:
     """f(x) W' + s (f(x) A') B' + residual -> [M, N] in x's dtype; no gradient. Can be captured in a CUDA graph.
 
-    Not from two streams at once over the same weights.
+    Not from two streams at once: programs wait for each other.
 
     Args:
         x: [M, D], 1 <= M <= 16; bf16, or fp32 and fp16 at a lower speed; rows dense.
@@ -620,5 +623,11 @@ def _check(
         return
     S, GR, G = lora.a.shape[0], len(weights.sizes) * lora.b.shape[2], len(weights.sizes)
     shapes = (lora.a.shape, lora.b.shape[:2], lora.scaling.shape)
-    if shapes != ((S, GR, D), (S, N), (S, G)) or len(lora.slots) < M or not (lora.a.dtype == lora.b.dtype == x.dtype):
+    aligned = lora.b.shape[2] % RANK_STEP == 0
+    if (
+        shapes != ((S, GR, D), (S, N), (S, G))
+        or not aligned
+        or len(lora.slots) < M
+        or not (lora.a.dtype == lora.b.dtype == x.dtype)
+    ):
         raise ValueError(f"adapters a {tuple(lora.a.shape)}, b {tuple(lora.b.shape)} do not fit x and {(N, D)}")
