@@ -50,11 +50,6 @@ float reciprocal_root(float x) { return 1 / std::sqrt(x); }
 float exponential(float x) { return std::exp(x); }
 #define rsqrtf reciprocal_root
 #define __expf exponential
-unsigned __byte_perm(unsigned x, unsigned, unsigned picks) {  // of x alone; 4 picks a zero
-  unsigned y = 0;
-  for (int i = 0; i < 4; i++) y |= ((picks >> 4 * i & 7) < 4 ? x >> 8 * (picks >> 4 * i & 7) & 255 : 0) << 8 * i;
-  return y;
-}
 void meet(int barrier) { program->barriers[barrier].arrive_and_wait(); }
 void reach(int barrier) { (void)program->barriers[barrier].arrive(); }
 void __syncthreads() { meet(0); }
@@ -65,8 +60,10 @@ int atomicAdd(int* at, int more) { return __atomic_fetch_add(at, more, __ATOMIC_
 int arrived(const int* counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
 
 template <class T> T __ldcg(const T* at) { return *at; }
-size_t __cvta_generic_to_shared(const void* at) { return (const char*)at - program->staged; }
-unsigned look_up(unsigned at) { return *(const unsigned*)(program->staged + at); }
+size_t __cvta_generic_to_shared(const void* at) { return (const char*)at - (const char*)program; }
+unsigned look_up(unsigned four, int byte, unsigned own) {
+  return *(const unsigned*)((const char*)program + (four >> 8 * byte & 255) * 128 + own);
+}
 int again(int x) { return x; }
 void early_start() {}
 

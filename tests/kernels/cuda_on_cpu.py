@@ -11,16 +11,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from medlora.kernels import cuda, reference
+from medlora.kernels import cuda
+from medlora.kernels.nf4 import TABLE
+
+PTX = ("u16 narrow(", "float half(", "uint4 stream(", "u32 look_up(", "void mma(", "void early_start(")
 
 
 def translated(file: str, name: str, functions: Sequence[str], patterns: Sequence[tuple[str, str]]) -> str:
-    """The source of kernel `name` without `functions`, each given by its start, and with `patterns` replaced."""
-    source = Path(cuda.__file__).with_name(file).read_text(encoding="utf-8")
-    for function in functions:
+    """The source of kernel `name` without the functions of PTX and `functions`, by their starts, with `patterns`
+    replaced."""
+    source = cuda.source(file)
+    for function in (*PTX, *functions):
         pattern = rf"(template <[^\n]*>\n)?__device__[^\n]*{re.escape(function)}.*?\n}}\n"
         source, found = re.subn(pattern, "", source, count=1, flags=re.DOTALL)
         assert found == 1, function
@@ -37,13 +40,12 @@ def translated(file: str, name: str, functions: Sequence[str], patterns: Sequenc
 def compiler(source: str, folder: Path) -> Callable[..., Any]:
     """In the place of a module's `_compiled`."""
     (folder / "kernel.cpp").write_text(source, encoding="utf-8")
-    table = ",".join(map(str, torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.uint16).tolist()))
     built = {}
 
     def compile_(device: int, shared: int, **defined: int) -> Any:
         library = folder / ("_".join(map(str, defined.values())) + ".so")
         if library not in built:
-            macros = [f"-D{name}={value}" for name, value in (defined | {"TABLE": table}).items()]
+            macros = [f"-D{name}={value}" for name, value in (defined | {"TABLE": TABLE}).items()]
             options = f"-std=c++20 -O1 -w -fno-strict-aliasing -shared -fPIC -pthread -I{Path(__file__).parent}".split()
             subprocess.run(["g++", *options, *macros, folder / "kernel.cpp", "-o", library], check=True)
             built[library] = ctypes.CDLL(str(library)).run

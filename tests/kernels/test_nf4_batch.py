@@ -18,10 +18,7 @@ from medlora.kernels.nf4_linear import NF4Weights
 from .cuda_on_cpu import compiler, translated
 from .test_nf4_linear import adapters, quantised
 
-FUNCTIONS = (
-    "u16 narrow(", "float half(", "u32 times(", "void mma(", "uint4 stream(", "u32 look_up(", "void stage(",
-    "void staged_unit(", "void landed(", "void early_start(", "int again(",
-)  # fmt: skip
+FUNCTIONS = ("u32 times(", "void stage(", "void staged_unit(", "void landed(", "int again(")
 PATTERNS = ((r"extern __shared__ uint4 room\[\];", "uint4* const room = (uint4*)program->staged;"),)
 CUDA = torch.cuda.is_available()
 

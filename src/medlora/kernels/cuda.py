@@ -7,6 +7,7 @@ launch"), to do what does not depend on it, and then waits for it by itself: see
 from __future__ import annotations
 
 import ctypes
+import re
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -98,7 +99,7 @@ def cuda_kernel(
     try:
         with torch.cuda.device(device):
             capability = torch.cuda.get_device_capability()
-            binary = _compile(Path(__file__).with_name(file).read_text(encoding="utf-8"), file, capability, defined)
+            binary = _compile(source(file), file, capability, defined)
             module, function = ctypes.c_void_p(), ctypes.c_void_p()
             _check(_driver().cuModuleLoadData(ctypes.byref(module), binary))
             _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
@@ -106,6 +107,12 @@ def cuda_kernel(
     except (AttributeError, OSError, RuntimeError) as error:
         _warn(file, str(error))
         return None
+
+
+def source(file: str) -> str:
+    """A file beside this one, and in their places those that it includes."""
+    text = Path(__file__).with_name(file).read_text(encoding="utf-8")
+    return re.sub(r'^#include "(.+)"$', lambda found: source(found[1]), text, flags=re.MULTILINE)
 
 
 @cache
@@ -125,12 +132,12 @@ def _check(failed: int) -> None:
         raise RuntimeError((text.value or b"unknown CUDA error").decode())
 
 
-def _compile(source: str, file: str, capability: tuple[int, int], defined: Mapping[str, Any]) -> bytes:
+def _compile(code: str, file: str, capability: tuple[int, int], defined: Mapping[str, Any]) -> bytes:
     library = torch.cuda._utils._get_gpu_rtc_library()
     options = ["--gpu-architecture=sm_{}{}".format(*capability), "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in defined.items()]
     program = ctypes.c_void_p()
-    library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), file.encode(), 0, None, None)
+    library.nvrtcCreateProgram(ctypes.byref(program), code.encode(), file.encode(), 0, None, None)
     try:
         encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         failed = library.nvrtcCompileProgram(program, len(options), encoded)

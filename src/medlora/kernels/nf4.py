@@ -29,6 +29,8 @@ BLOCKSIZE = 64  # weights a scale
 OUTER_BLOCKSIZE = 256  # scales an outer scale
 PROGRAM_BLOCKS = 64  # blocks a program: 4096 weights, 32 a thread
 NARROW = (torch.bfloat16, torch.float16)
+BITS: list[int] = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.uint16).tolist()
+TABLE = ",".join(map(str, BITS))  # of nf4.cuh
 
 
 class DoubleQuant(NamedTuple):

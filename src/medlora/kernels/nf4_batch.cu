@@ -16,12 +16,9 @@
 // a tile write what they have of it, and the last one to be through adds it up, in the order of programs, so that it does
 // not matter which one that is; then it sets the tile's counter back to zero. Nobody waits.
 //
-// Defined when it is compiled: WIDE (rows / 8), TALL, WARPS, STAGES, AHEAD, SCALES (absmax in 0: fp32, 1: bf16, 2: fp16, 3: 8 bits, quantised again), LORA, RESIDUAL (0 or 1),
-// TABLE (the 16 values as bfloat16 bits).
+// Defined when it is compiled: WIDE (rows / 8), TALL, WARPS, STAGES, AHEAD, SCALES (absmax in 0: fp32, 1: bf16, 2: fp16, 3: 8 bits, quantised again), LORA, RESIDUAL (0 or 1).
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "nf4.cuh"
 
 constexpr int THREADS = 32 * WARPS, ROWS = 8 * WIDE, OUTPUTS = 16 * TALL * WARPS;  // of a program
 constexpr int COLUMNS = 128, PIECES = COLUMNS / 8;              // of a unit; pieces of 16 bytes
@@ -30,22 +27,7 @@ constexpr int FOURS = ROWS * OUTPUTS / 4, EACH = FOURS / THREADS;  // sums by fo
 constexpr int ACROSS = OUTPUTS / 4, DOWN = THREADS / ACROSS;    // in a row; rows that the threads take at once
 constexpr int BATCH = EACH < 8 ? EACH : 8;                      // of them that are under way together
 
-__device__ __constant__ u16 values[16] = {TABLE};
-
-__device__ __forceinline__ float wide(u16 x) { return __uint_as_float(u32(x) << 16); }
 __device__ __forceinline__ u32 both(u16 x) { return x * 0x10001u; }
-
-__device__ __forceinline__ u16 narrow(float x) {
-  u16 y;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float half(u16 x) {
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-}
 
 __device__ __forceinline__ u32 times(u32 two, u32 factors) {
   u32 product;
@@ -55,27 +37,6 @@ __device__ __forceinline__ u32 times(u32 two, u32 factors) {
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(two), "r"(factors), "r"(0x80008000));
 #endif
   return product;
-}
-
-__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ uint4 stream(const u8* at) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(at));
-  return v;
-}
-
-__device__ __forceinline__ u32 look_up(u32 at) {
-  u32 two;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(two) : "r"(at));
-  return two;
 }
 
 // 16 bytes on their way to shared memory, zeros where there is nothing inside.
@@ -95,20 +56,11 @@ __device__ __forceinline__ void landed() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-__device__ __forceinline__ void early_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // The same number, from which nothing is worked out ahead of the loop around: registers are short there.
 __device__ __forceinline__ int again(int x) {
   asm volatile("" : "+r"(x));
   return x;
 }
-
-__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // A block's absmax as it lies in memory, so that nothing waits for the load before it is used.
 struct Scale {
@@ -137,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) nf4_batch(
     int x_row, int residual_row, int y_row, int M, int N, int D, int end0, int end1, int S, int R, int G) {
   extern __shared__ uint4 room[];
   u32* const table = (u32*)room;                              // [256][32]
-  uint4* const inputs = room + 256 * 32 / 4;                  // [STAGES][ROWS][PIECES]
+  uint4* const inputs = room + ENTRIES / 4;                   // [STAGES][ROWS][PIECES]
   float* const sums = (float*)(inputs + STAGES * ROWS * PIECES);  // [ROWS][PITCH]
   int *const slot = (int*)(sums + ROWS * PITCH), *const last = slot + ROWS;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -213,8 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) nf4_batch(
   };
 #pragma unroll
   for (int e = 0; e < AHEAD; e++) ahead[e] = {start.tile, start.unit + e}, settle(e), fetch(e);
-  for (int i = threadIdx.x; i < 256 * 32; i += THREADS)
-    table[i] = values[i / 32 >> 4] | u32(values[i / 32 & 15]) << 16;
+  fill(table, THREADS);
   early_start();
   if (LORA)
     for (int row = threadIdx.x; row < ROWS; row += THREADS) slot[row] = row < M ? __ldcg(slots + row) : -1;
@@ -275,8 +226,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) nf4_batch(
           for (int w = 0; w < 4; w++) {
 #pragma unroll
             for (int i = 0; i < 8 * TALL; i++) {  // rows i % 2, bytes by two
-              const u32 byte = __byte_perm(word(held[e][i / 8][i % 2], w), 0, 0x4440 | i / 2 % 4);
-              left[i / 8][i / 4 % 2][i % 4] = times(look_up(byte * 128 + own), factors[i / 8][i % 2]);
+              const u32 two = look_up(word(held[e][i / 8][i % 2], w), i / 2 % 4, own);
+              left[i / 8][i / 4 % 2][i % 4] = times(two, factors[i / 8][i % 2]);
             }
             if (w == 3) fetch(e);
             multiply(input, w);

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
 from .cuda import CudaKernel, cuda_kernel
 from .dispatch import ceil_div, next_power_of_2
+from .nf4 import TABLE
 from .nf4_linear import SCALES, LoraTerms, NF4Weights
 
 MAX_ROWS = 64
@@ -127,9 +127,7 @@ def _kernel(device: int, cut: Cut, rows: int, stored: torch.dtype, *, lora: bool
 
 @cache
 def _compiled(device: int, shared: int, **defined: int) -> CudaKernel | None:
-    values = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.uint16).tolist()
-    macros = {**defined, "TABLE": ",".join(map(str, values))}
-    return cuda_kernel("nf4_batch.cu", "nf4_batch", device, macros, 32 * defined["WARPS"], shared)
+    return cuda_kernel("nf4_batch.cu", "nf4_batch", device, {**defined, "TABLE": TABLE}, 32 * defined["WARPS"], shared)
 
 
 def _check(x: Tensor, weights: NF4Weights, lora: LoraTerms | None, residual: Tensor, out: Tensor) -> None:

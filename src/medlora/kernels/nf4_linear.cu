@@ -5,10 +5,7 @@
 // term and the residual, and writes. They hand over through two buffers, so that they wait for it only if it is two
 // tiles behind.
 //
-// Of four lanes on a row, 16 bytes each, the first two hold one of the blocks and the others the block after the next. A
-// byte's two weights come as one register from a table in shared memory of which every lane has a copy in its own bank,
-// so that 32 lanes look up 32 different bytes at once: two instructions and one look-up for two weights, where selecting
-// bytes with PRMT takes 2.6 instructions a weight.
+// Of four lanes on a row, 16 bytes each, the first two hold one of the blocks and the others the block after the next.
 //
 // The tensor cores multiply 16 outputs by 8 columns of x', whose order is the lanes' own. Four of the columns are rows
 // of x at the first block's place and zero at the second's, four the other way round: so the two blocks' sums stay apart
@@ -23,28 +20,16 @@
 // With GATED, W is gate beside up: a program takes 16 outputs of gate, then those of up, and writes silu(gate) up.
 //
 // Defined when it is compiled: TILES (of 4 rows: 1, 2, 4), WARPS, RESIDENT (programs on a multiprocessor), SCALES (absmax
-// in 0: fp32, 1: bf16, 2: fp16, 3: 8 bits, quantised again), ONE, NORM (only with ONE), LORA, RESIDUAL, GATED (0 or 1),
-// TABLE (the 16 values as bfloat16 bits).
+// in 0: fp32, 1: bf16, 2: fp16, 3: 8 bits, quantised again), ONE, NORM (only with ONE), LORA, RESIDUAL, GATED (0 or 1).
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
+#include "nf4.cuh"
 
 constexpr int THREADS = 32 * (WARPS + 1), ROWS = 4 * TILES, OUTPUTS = ROWS * 16 / 32;  // of a lane
 constexpr int STEPS = 4, AT_ONCE = 8;  // of 16 ranks, and of 32, whose loads are under way together
 constexpr int QUARTERS = TILES == 2 ? 2 : 4;  // of a lane's columns that it loads x of at once: registers
 
-__device__ __constant__ u16 values[16] = {TABLE};
-
-__device__ __forceinline__ float wide(u16 x) { return __uint_as_float(u32(x) << 16); }
 __device__ __forceinline__ float low(u32 two) { return __uint_as_float(two << 16); }
 __device__ __forceinline__ float high(u32 two) { return __uint_as_float(two & 0xffff0000); }
-
-__device__ __forceinline__ u16 narrow(float x) {
-  u16 y;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-  return y;
-}
 
 // Two neighbours' absmax; 16 bits stay as they came until they are used, so that nothing waits for the load.
 struct Scales {
@@ -57,31 +42,12 @@ struct Scales {
 #if SCALES == 1
     return e ? high(two) : low(two);
 #elif SCALES == 2
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(u16(e ? two >> 16 : two)));
-    return wide;
+    return half(e ? two >> 16 : two);
 #else
     return e ? two.y : two.x;
 #endif
   }
 };
-
-__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ uint4 stream(const u8* at) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(at));
-  return v;
-}
-
-__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 __device__ __forceinline__ float dot(const uint4& p, const uint4& q) {
   float sum = 0.f;
@@ -120,25 +86,21 @@ __device__ __forceinline__ int arrived(const int* counter) {
 // Two neighbouring ranks of a row, zeros beyond R.
 __device__ __forceinline__ u32 ranks(const u16* row, int k, int R) { return k < R ? *(const u32*)(row + k) : 0; }
 
-// x [M, D], codes [N, D / 2], absmax [N, D / 64], h [M, G R], b [S, N, R], R a multiple of 8, residual and y [M, N], or y [M, N / 2] if
-// GATED. Read only with ONE: norm [D], a [S, G R, D], scaling [S, G], counters [2]; h is then room for its shares, fp32
-// [G R, 4]. What another kernel may still be writing is not __restrict__: it must not be read before the wait.
+// x [M, D], codes [N, D / 2], absmax [N, D / 64], h [M, G R], b [S, N, R], residual and y [M, N], or y [M, N / 2] if
+// GATED; R is a multiple of 8. Read only with ONE: norm [D], a [S, G R, D], scaling [S, G], counters [2]; h is then room
+// for its shares, fp32 [G R, 4]. What another kernel may still be writing is not __restrict__: it must not be read before
+// the wait.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
     const u16* x, const u8* __restrict__ codes, const void* __restrict__ absmax,
     const float* __restrict__ code, const float* __restrict__ outer, const float* __restrict__ offset,
     u16* h, const u16* __restrict__ b, const int* slots, const u16* residual, u16* y,
     const u16* __restrict__ norm, const u16* __restrict__ a, const float* __restrict__ scaling, int* counters,
     int x_row, int residual_row, int y_row, int M, int N, int D, int end0, int end1, int S, int R, int G, float eps) {
-  __shared__ u32 table[256 * 32];
+  __shared__ u32 table[ENTRIES];
   __shared__ float sums[2][WARPS][ROWS][16], squares_of[WARPS + 1];
   extern __shared__ uint4 staged[];  // f(x), if NORM; then h, if ONE
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, second = t / 2;
   const u32 own = u32(__cvta_generic_to_shared(table)) + 4 * lane;
-  auto decode = [&](u32 four, int byte) {
-    u32 two;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(two) : "r"(__byte_perm(four, 0, 0x4440 | byte) * 128 + own));
-    return two;
-  };
 
   const int tiles = N / 16 / (1 + GATED), blocks = D / 64, groups = D / 256;
   const int turns = (1 + GATED) * ((tiles - 1 - int(blockIdx.x)) / int(gridDim.x) + 1);
@@ -180,8 +142,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
     if (++ahead == last) ahead = first, ahead_turn += ahead_turn + 1 < turns, ahead_tile = tile_of(ahead_turn);
   };
   if (warp < WARPS && first < last) fetch_codes(0), fetch_codes(1), fetch_scales(), advance();
-  for (int i = threadIdx.x; i < 256 * 32; i += THREADS)
-    table[i] = values[i / 32 >> 4] | u32(values[i / 32 & 15]) << 16;
+  fill(table, THREADS);
   if (NORM)  // each thread takes the same places again below
     for (int i = threadIdx.x; i < D / 8; i += THREADS) staged[i] = ((const uint4*)norm)[i];
   const int shares = gridDim.x >= 4 * G * R ? 4 : gridDim.x >= 2 * G * R ? 2 : 1;  // of a rank of h, one a program
@@ -191,10 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
     for (int i = edge(own_part) + 8 * lane; i < edge(own_part + 1); i += 8 * 32)
       asm volatile("prefetch.global.L2 [%0];" ::"l"(a + size_t(own_rank) * D + 8 * i));
   __syncthreads();
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  early_start();
 
   const u16* const input = NORM ? (const u16*)staged : x;
   if (NORM) {
@@ -241,8 +199,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nf4_product(
             const u32 upper = word(held[e][0], q), lower = word(held[e][1], q);
 #pragma unroll
             for (int step = 0; step < 2; step++) {
-              const u32 a0 = decode(upper, 2 * step), a1 = decode(lower, 2 * step);
-              const u32 a2 = decode(upper, 2 * step + 1), a3 = decode(lower, 2 * step + 1);
+              const u32 a0 = look_up(upper, 2 * step, own), a1 = look_up(lower, 2 * step, own);
+              const u32 a2 = look_up(upper, 2 * step + 1, own), a3 = look_up(lower, 2 * step + 1, own);
 #pragma unroll
               for (int j = 0; j < TILES; j++) {
                 const uint4& x8 = in[q % QUARTERS][j];

@@ -34,7 +34,7 @@ from torch import Tensor
 from . import reference
 from .cuda import CudaKernel, cuda_kernel, early_start, wait_for_inputs
 from .dispatch import ceil_div, jit, next_power_of_2, tl, use_triton
-from .nf4 import BLOCKSIZE, OUTER_BLOCKSIZE, DoubleQuant, dequantize_nf4, narrow, nf4_values, stored_scales
+from .nf4 import BITS, BLOCKSIZE, OUTER_BLOCKSIZE, TABLE, DoubleQuant, dequantize_nf4, narrow, nf4_values, stored_scales
 from .swiglu import swiglu
 
 MAX_ROWS = 16
@@ -187,14 +187,13 @@ def _decode_asm() -> str:
 
     A nibble's lower three bits pick a byte of each half of the table, its top bit one of the two picks.
     """
-    values = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.int16).tolist()
     lines = [".reg .b32 m, s, h, l, u, v", "and.b32 m, $4, 0x77777777", "shr.b32 s, $4, 1"]
     lines += ["and.b32 s, s, 0x44444444", "or.b32 s, s, 0x32103210"]
     for half in range(2):
         if half:
             lines += ["shr.b32 m, m, 16", "shr.b32 s, s, 16"]
         for byte, shift in (("h", 8), ("l", 0)):
-            table = [sum((values[i + j] >> shift & 255) << 8 * j for j in range(4)) for i in (0, 4, 8, 12)]
+            table = [sum((BITS[i + j] >> shift & 255) << 8 * j for j in range(4)) for i in (0, 4, 8, 12)]
             lines += [f"prmt.b32 u, {table[0]:#x}, {table[1]:#x}, m", f"prmt.b32 v, {table[2]:#x}, {table[3]:#x}, m"]
             lines += [f"prmt.b32 {byte}, u, v, s"]
         lines += [f"prmt.b32 ${half}, l, h, 0x7351", f"prmt.b32 ${half + 2}, l, h, 0x6240"]
@@ -520,9 +519,9 @@ def choose_cut(x: Tensor, norm: tuple[Tensor, float] | None) -> Cut | None:
 
 @cache
 def _compiled(device: int, shared: int, **defined: int) -> CudaKernel | None:
-    values = torch.tensor(reference.NF4_VALUES).bfloat16().view(torch.uint16).tolist()
-    macros = {**defined, "TABLE": ",".join(map(str, values))}
-    return cuda_kernel("nf4_linear.cu", "nf4_product", device, macros, 32 * (defined["WARPS"] + 1), shared)
+    return cuda_kernel(
+        "nf4_linear.cu", "nf4_product", device, {**defined, "TABLE": TABLE}, 32 * (defined["WARPS"] + 1), shared
+    )
 
 
 def _table_product(
