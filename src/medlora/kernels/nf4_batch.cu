@@ -1,7 +1,7 @@
 // y = x W' + s (x A') B' + residual for up to 64 rows, W in NF4: the product of nf4_batch.py on sm_80 and later, in bfloat16.
 //
 // A warp takes 16 TALL outputs and all rows of x. Its weights are the left operand of the tensor cores: two of them come
-// as one register from a table in shared memory, by their byte, from the lane's own bank (see nf4_linear.cu), and are
+// as one register from a table in shared memory, by their byte, from the lane's own bank (nf4.cuh), and are
 // multiplied by their block's absmax in bfloat16. A fourth as many bytes pass as of dequantised weights, and what bounds
 // the product instead are tensor cores and shared memory, about alike.
 //
@@ -16,7 +16,8 @@
 // a tile write what they have of it, and the last one to be through adds it up, in the order of programs, so that it does
 // not matter which one that is; then it sets the tile's counter back to zero. Nobody waits.
 //
-// Defined when it is compiled: WIDE (rows / 8), TALL, WARPS, STAGES, AHEAD, SCALES (absmax in 0: fp32, 1: bf16, 2: fp16, 3: 8 bits, quantised again), LORA, RESIDUAL (0 or 1).
+// Defined when it is compiled: WIDE (rows / 8), TALL, WARPS, STAGES, AHEAD, SCALES (absmax in 0: fp32, 1: bf16, 2: fp16, 3:
+// 8 bits, quantised again), LORA, RESIDUAL (0 or 1).
 
 #include "nf4.cuh"
 
