@@ -2,8 +2,8 @@
 
 `nf4_linear` decodes a weight for every 16 rows anew; here one decoded weight meets all rows. Dequantised for good, the
 weights of a 7B take 12 GiB more and four times the bytes a step, and are faster where `beats_dense` says no. How it
-works is in nf4_batch.cu. Two launches where there are adapters: h = x A' for all of them, then the product, which leaves
-out what a row's own adapter did not make.
+works is in nf4_batch.cu. Two launches where there are adapters: h = x A' for all of them, then the product, which
+leaves out what a row's own adapter did not make.
 
 bfloat16 on a GPU, where `serves` says so; anything else is for the caller. A weight is the table's value times
 its scale, each rounded to bfloat16, and rounded again.
