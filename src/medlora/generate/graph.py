@@ -97,14 +97,19 @@ class Steps:
         longest = max(ceil_div(span.past + span.new, BLOCK) for span in spans)
         size = next_power_of_2(len(tokens)), max(next_power_of_2(longest), NARROWEST)
         if size not in self.ready:
-            if size[0] > (UNKEPT if serves(self.decoder.device, self.decoder.dtype) else MAX_ROWS):
-                self.decoder.keep(free_bytes(self.decoder.device))
+            if size[0] > MAX_ROWS:
+                self._keep(size[0])
             single = Single(self.decoder, *size)
             single.fill(tokens, spans, slots)
             self.ready[size] = single, self._capture(single)
         single, run = self.ready[size]
         single.fill(tokens, spans, slots)
         return run()[: len(tokens)]
+
+    def _keep(self, rows: int) -> None:
+        device = self.decoder.device
+        if rows > UNKEPT or not serves(device, self.decoder.dtype):
+            self.decoder.keep(free_bytes(device))
 
     def _run(self, single: Single) -> Tensor:
         return self.decoder.logits(self.decoder(single.tokens, single, self.cache))
