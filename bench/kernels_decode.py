@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medlora.generate.weights import add_alike, gated
 from medlora.kernels import reference
 from medlora.kernels.decode_attention import PAGE, decode_attention, rope_append
 from medlora.kernels.nf4_batch import Cut as Batch
 from medlora.kernels.nf4_batch import nf4_batch
 from medlora.kernels.nf4_linear import Config, Cut, LoraTerms, NF4Weights, choose_config, nf4_linear
 from medlora.kernels.rms_norm import rms_norm
-from medlora.kernels.swiglu import swiglu
 
 RANK = 64
 DTYPE = torch.bfloat16
@@ -102,18 +102,12 @@ def product(
             if lora and factors is not None:
                 h *= factors[: len(x)]
                 if len(set(shape.sizes)) == 1 < len(shape.sizes):
-                    y_GTN, h_GTR = (t.unflatten(1, (len(shape.sizes), -1)).transpose(0, 1) for t in (y, h))
-                    y_GTN.baddbmm_(h_GTR, lora.b[0].unflatten(0, (len(shape.sizes), -1)).transpose(1, 2))
+                    add_alike(y, h, lora.b[0], len(shape.sizes))
                 else:
-                    first = 0
-                    for g, N in enumerate(shape.sizes):
-                        b = lora.b[0, first : first + N]
-                        y[:, first : first + N].addmm_(h[:, g * RANK : (g + 1) * RANK], b.t())
-                        first += N
-        if not shape.gated:
-            return y
-        gate, up = y.chunk(2, 1)
-        return swiglu(gate, up, gate)
+                    parts = zip(y.split(shape.sizes, 1), h.split(RANK, 1), lora.b[0].split(shape.sizes), strict=True)
+                    for columns, ranks, b in parts:
+                        columns.addmm_(ranks, b.t())
+        return gated(y) if shape.gated else y
 
     return run
 

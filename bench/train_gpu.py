@@ -19,8 +19,8 @@ answer a line.
 
 Reported are medians over synchronised optimizer steps, the first third left out, of real (not padding)
 tokens a second and seconds, then tokens a second of all steps, compilation and capture among them, with the
-peak of allocated memory and the mean loss. C, D and Q take three times
-`--steps`: theirs are short. Whether medlora replays them as CUDA graphs hangs on how many there are.
+peak of allocated memory and the mean loss. C, D and Q take three times `--steps`: theirs are short. Whether
+medlora replays them as CUDA graphs hangs on how many there are.
 """
 
 import argparse

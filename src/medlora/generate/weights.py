@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medlora.kernels.dispatch import ceil_div
 from medlora.kernels.nf4 import store_scales, stored_scales
 from medlora.kernels.nf4_batch import MAX_ROWS as BATCH_ROWS
 from medlora.kernels.nf4_batch import beats_dense, nf4_batch, serves
-from medlora.kernels.nf4_linear import MAX_ROWS, RANK_STEP, LoraTerms, NF4Weights, nf4_linear
+from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_linear, padded_rank
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
 
@@ -223,7 +222,7 @@ class Projection:
         found = [[_lora(module, name) for module in modules] for name in names]
         S, G = len(names), len(modules)
         r = max((len(lora.a) for row in found for lora in row if lora), default=0)
-        R = self.ranks = ceil_div(r, RANK_STEP) * RANK_STEP if isinstance(self.weight, Nf4) else r
+        R = self.ranks = padded_rank(r) if isinstance(self.weight, Nf4) else r
         self.a = torch.zeros(S, G * R, bases[0].in_features, dtype=dtype, device=device)
         self.b = torch.zeros(S, sum(sizes), R, dtype=dtype, device=device)
         self.scaling = torch.tensor([[lora.scaling if lora else 0.0 for lora in row] for row in found]).to(device)
@@ -262,17 +261,20 @@ class Projection:
     ) -> Tensor:
         """x [T, D] -> [T, N], or [T, N / 2] if gated; `residual` [T, N] may be overwritten."""
         adapted = self.ranks > 0 and choice.any
-        terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
-        if isinstance(self.weight, Nf4) and self.weight.reads_codes(x):
-            return nf4_linear(x, self.weight.codes, terms, norm=norm, gated=self.gated, residual=residual)
+        if isinstance(self.weight, Nf4):
+            codes = self.weight.codes
+            terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
+            if self.weight.reads_codes(x):
+                return nf4_linear(x, codes, terms, norm=norm, gated=self.gated, residual=residual)
+            if choice.step and self.weight.reads_batch(len(x)):
+                x = rms_norm(x, *norm) if norm else x
+                y = nf4_batch(x, codes, terms, residual=residual, out=residual)
+                return gated(y) if self.gated else y
         if self.for_steps and choice.step:
             wide = x.float() if norm is None else F.rms_norm(x.float(), x.shape[1:], norm[0].float(), norm[1])
             y = self.for_steps(wide, choice).to(x.dtype)
             return y if residual is None else residual.add_(y)
         x = rms_norm(x, *norm) if norm else x
-        if choice.step and isinstance(self.weight, Nf4) and self.weight.reads_batch(len(x)):
-            y = nf4_batch(x, self.weight.codes, terms, residual=residual, out=residual)
-            return gated(y) if self.gated else y
         if self.half_block:
             y, h_TR = self.weight(x).tensor_split([sum(self.sizes)], 1)
             if adapted:
@@ -294,9 +296,7 @@ class Projection:
             y.addmm_(h_TR, self.block)
             return
         if self.batched:
-            shape = len(self.sizes), -1
-            y_GTN, h_GTR = (t.unflatten(1, shape).transpose(0, 1)[self.batched] for t in (y, h_TR))
-            y_GTN.baddbmm_(h_GTR, self.b[0].unflatten(0, shape)[self.batched].transpose(1, 2))
+            add_alike(y, h_TR, self.b[0], len(self.sizes), self.batched)
             return
         for columns, ranks, b in self.parts:
             y[:, columns].addmm_(h_TR[:, ranks], b.t())
@@ -334,6 +334,12 @@ def _every_nth(loras: "Sequence[_Lora | None]", sizes: Sequence[int], R: int) ->
         return None
     even = range(which[0], which[-1] + 1, which[1] - which[0])
     return slice(even.start, even.stop, even.step) if list(even) == which else None
+
+
+def add_alike(y: Tensor, h: Tensor, b: Tensor, modules: int, which: slice = slice(None)) -> None:
+    """y [T, G N] += h [T, G R] b' of b [G N, R], module by module of one size, as one product."""
+    y_GTN, h_GTR = (t.unflatten(1, (modules, -1)).transpose(0, 1)[which] for t in (y, h))
+    y_GTN.baddbmm_(h_GTR, b.unflatten(0, (modules, -1))[which].transpose(1, 2))
 
 
 def gated(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from .cuda import CudaKernel, cuda_kernel
 from .dispatch import ceil_div, next_power_of_2
 from .nf4 import TABLE
-from .nf4_linear import SCALES, LoraTerms, NF4Weights
+from .nf4_linear import SCALES, LoraTerms, NF4Weights, check_adapters
 
 MAX_ROWS = 64
 COLUMNS = 128  # of a unit of work
@@ -138,9 +138,5 @@ def _check(x: Tensor, weights: NF4Weights, lora: LoraTerms | None, residual: Ten
         dense = tensor.stride(1) == 1 and tensor.stride(0) % 4 == 0 and tensor.data_ptr() % 8 == 0
         if tensor.shape != (M, N) or tensor.dtype != x.dtype or not dense:
             raise ValueError(f"out and residual must be {(M, N)} in {x.dtype} with dense rows, 8 bytes aligned")
-    if lora is None:
-        return
-    S, G, R = lora.a.shape[0], len(weights.sizes), lora.b.shape[2]
-    shapes, alike = (lora.a.shape, lora.b.shape[:2], lora.scaling.shape), lora.a.dtype == lora.b.dtype == x.dtype
-    if shapes != ((S, G * R, D), (S, N), (S, G)) or R % 8 or len(lora.slots) < M or not alike:
-        raise ValueError(f"adapters a {tuple(lora.a.shape)}, b {tuple(lora.b.shape)} do not fit x and {(N, D)}")
+    if lora is not None:
+        check_adapters(x, weights, lora)

@@ -166,9 +166,7 @@ class LoraTerms:
         dtype: torch.dtype,
     ) -> LoraTerms:
         """From (a [r, D], b [N_g, r], scaling), or None, of each adapter's modules; copies them."""
-        R = RANK_STEP * ceil_div(
-            max((len(part[0]) for parts in adapters for part in parts if part), default=1), RANK_STEP
-        )
+        R = padded_rank(max((len(part[0]) for parts in adapters for part in parts if part), default=1))
         S, G, device = len(adapters), len(sizes), slots.device
         a = torch.zeros(S, G, R, D, dtype=dtype, device=device)
         b = torch.zeros(S, sum(sizes), R, dtype=dtype, device=device)
@@ -180,6 +178,21 @@ class LoraTerms:
                     rows[:, : len(part[0])] = part[1]
                     scaling[s, g] = part[2]
         return cls(a.view(S, G * R, D), b, scaling, slots)
+
+
+def padded_rank(r: int) -> int:
+    """As LoraTerms hold it."""
+    return ceil_div(r, RANK_STEP) * RANK_STEP
+
+
+def check_adapters(x: Tensor, weights: NF4Weights, lora: LoraTerms) -> None:
+    """Raise ValueError if they are not for x and the weights."""
+    S, N, R = lora.b.shape
+    G, D = len(weights.sizes), weights.D
+    alike = lora.a.dtype == lora.b.dtype == x.dtype
+    shapes = (lora.a.shape, N, lora.scaling.shape)
+    if shapes != ((S, G * R, D), weights.N, (S, G)) or R % RANK_STEP or len(lora.slots) < len(x) or not alike:
+        raise ValueError(f"adapters a {tuple(lora.a.shape)}, b {tuple(lora.b.shape)} do not fit x and {(weights.N, D)}")
 
 
 def _decode_asm() -> str:
@@ -618,15 +631,5 @@ def _check(
             raise ValueError(f"out and residual must be {(M, N // (1 + gated))} in {x.dtype} with dense rows")
     if x.stride(-1) != 1:
         raise ValueError("the rows of x must be dense")
-    if lora is None:
-        return
-    S, GR, G = lora.a.shape[0], len(weights.sizes) * lora.b.shape[2], len(weights.sizes)
-    shapes = (lora.a.shape, lora.b.shape[:2], lora.scaling.shape)
-    aligned = lora.b.shape[2] % RANK_STEP == 0
-    if (
-        shapes != ((S, GR, D), (S, N), (S, G))
-        or not aligned
-        or len(lora.slots) < M
-        or not (lora.a.dtype == lora.b.dtype == x.dtype)
-    ):
-        raise ValueError(f"adapters a {tuple(lora.a.shape)}, b {tuple(lora.b.shape)} do not fit x and {(N, D)}")
+    if lora is not None:
+        check_adapters(x, weights, lora)
