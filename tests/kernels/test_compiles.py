@@ -59,7 +59,8 @@ CASES = [  # module, kernel, pointers, constants, warps
         PRODUCT | {"DOUBLE": False, "BM": 8, "SPLIT": 8, "ASM": False},
         4,
     ),
-    ("decode_attention", "_rope_append_kernel", PAGED, {"HALF": 64, "EARLY": True}, 1),
+    ("decode_attention", "_rope_append_kernel", PAGED, {"HEADS": 1, "HALF": 64, "EARLY": True}, 1),
+    ("decode_attention", "_rope_append_kernel", PAGED, {"HEADS": 8, "HALF": 64, "EARLY": True}, 1),
     ("decode_attention", "_attention_kernel", PAGED, {"SHARES": 1, "GROUP": 16, "WIDTH": 128, "EARLY": True}, 4),
     (
         "decode_attention",

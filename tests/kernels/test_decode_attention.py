@@ -61,10 +61,12 @@ def test_large_scores_stay_finite(device, close):
     close(decode_attention(q, k_cache, v_cache, table, lengths, 1.0), expected(q, rows, 1.0))
 
 
+@pytest.mark.parametrize("programs", [1, 264], ids=["some-heads", "one-head"])
 @pytest.mark.parametrize(("B", "H", "K", "C"), SHAPES)
-def test_rope_append(B, H, K, C, dtype, device, close):
+def test_rope_append(B, H, K, C, programs, dtype, device, close, monkeypatch):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+    monkeypatch.setattr(module, "PROGRAMS", programs)
     k_cache, v_cache, table, lengths, _ = paged([65, 1, 0][:B], K, C, dtype, device)
     angles = torch.outer(torch.arange(100.0), 0.7 ** torch.arange(C // 2)).repeat(1, 2).to(device)
     before = k_cache.clone()
@@ -87,7 +89,7 @@ def test_reference(dtype, close, monkeypatch):
     k_cache, v_cache, table, lengths, rows = paged([130, 0, 64], 2, 16, dtype, "cpu")
     q = torch.randn(3, 6, 16).to(dtype)
     close(decode_attention(q, k_cache, v_cache, table, lengths, 0.25), expected(q, rows, 0.25))
-    test_rope_append(3, 6, 2, 16, dtype, "cpu", close)
+    test_rope_append(3, 6, 2, 16, 264, dtype, "cpu", close, monkeypatch)
 
 
 def test_refuses_what_does_not_fit(device):

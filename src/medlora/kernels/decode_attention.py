@@ -42,41 +42,39 @@ def _rope_append_kernel(
     H: int,
     K: int,
     half: int,
+    HEADS: tl.constexpr,
     HALF: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    """Head program_id(1) of row program_id(0): the H of q, then the K of k, then those of v."""
+    """Some heads of row program_id(0) by program_id(1): the H of q, then the K of k, then those of v."""
     wait_for_inputs(EARLY)
-    row, head = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0), tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
     position = tl.load(lengths + row) - 1
-    col = tl.arange(0, HALF)
-    inside = col < half
+    col = tl.arange(0, HALF)[None, :]
+    inside = (head < H + 2 * K) & (col < half)
     source = qkv + row.to(tl.int64) * qkv_row + head * 2 * half + col
     a = tl.load(source, inside)
     b = tl.load(source + half, inside)
     at = tl.maximum(position, 0)
-    if head < H + K:
-        c = tl.load(cos + at.to(tl.int64) * cos_row + col, inside).to(tl.float32)
-        s = tl.load(sin + at.to(tl.int64) * sin_row + col, inside).to(tl.float32)
-        a32 = a.to(tl.float32)
-        b32 = b.to(tl.float32)
-        a = (a32 * c - b32 * s).to(qkv.dtype.element_ty)
-        b = (b32 * c + a32 * s).to(qkv.dtype.element_ty)
-    if head < H:
-        to = q_out + (row.to(tl.int64) * H + head) * 2 * half + col
-        tl.store(to, a, inside)
-        tl.store(to + half, b, inside)
-    elif position >= 0:
-        page = tl.load(table + row * table_row + at // 64).to(tl.int64)
-        slot = (page * 64 + at % 64) * K
-        if head < H + K:
-            to = k_cache + (slot + head - H) * 2 * half + col
-            tl.store(to, a, inside)
-            tl.store(to + half, b, inside)
-        else:
-            to = v_cache + (slot + head - H - K) * 2 * half + col
-            tl.store(to, a, inside)
-            tl.store(to + half, b, inside)
+    page = tl.load(table + row * table_row + at // 64).to(tl.int64)
+    c = tl.load(cos + at.to(tl.int64) * cos_row + col, col < half).to(tl.float32)
+    s = tl.load(sin + at.to(tl.int64) * sin_row + col, col < half).to(tl.float32)
+    a32 = a.to(tl.float32)
+    b32 = b.to(tl.float32)
+    turned = head < H + K
+    a = tl.where(turned, a32 * c - b32 * s, a32).to(qkv.dtype.element_ty)
+    b = tl.where(turned, b32 * c + a32 * s, b32).to(qkv.dtype.element_ty)
+    to = q_out + (row.to(tl.int64) * H + head) * 2 * half + col
+    tl.store(to, a, inside & (head < H))
+    tl.store(to + half, b, inside & (head < H))
+    kept = inside & (head >= H) & (position >= 0)
+    slot = (page * 64 + at % 64) * K + head - H
+    to = k_cache + slot * 2 * half + col
+    tl.store(to, a, kept & turned)
+    tl.store(to + half, b, kept & turned)
+    to = v_cache + (slot - K) * 2 * half + col
+    tl.store(to, a, kept & (head >= H + K))
+    tl.store(to + half, b, kept & (head >= H + K))
 
 
 @jit
@@ -190,9 +188,11 @@ def rope_append(
     if not use_triton(qkv):
         return reference.rope_append(qkv, cos, sin, k_cache, v_cache, table, lengths)
     q = qkv.new_empty(B, H, C)
-    _rope_append_kernel[(B, H + 2 * K)](
+    heads = H + 2 * K
+    each = 8 if B * heads >= 8 * PROGRAMS else 1  # a program
+    _rope_append_kernel[(B, ceil_div(heads, each))](
         qkv, cos, sin, k_cache, v_cache, table, lengths, q, qkv.stride(0), cos.stride(0), sin.stride(0),
-        table.stride(0), H, K, C // 2, HALF=next_power_of_2(C // 2), num_warps=1, **early_start(qkv),
+        table.stride(0), H, K, C // 2, HEADS=each, HALF=next_power_of_2(C // 2), num_warps=1, **early_start(qkv),
     )  # fmt: skip
     return q
 
