@@ -30,6 +30,7 @@ from medlora.generate.weights import add_alike, gated
 from medlora.kernels import reference
 from medlora.kernels.decode_attention import PAGE, decode_attention, rope_append
 from medlora.kernels.nf4_batch import Cut as Batch
+from medlora.kernels.nf4_batch import choose_cut as choose_batch
 from medlora.kernels.nf4_batch import nf4_batch
 from medlora.kernels.nf4_linear import Config, Cut, LoraTerms, NF4Weights, choose_config, nf4_linear
 from medlora.kernels.rms_norm import rms_norm
@@ -73,7 +74,7 @@ def variants(shape: Shape, M: int) -> Iterator[Way]:
     """
     if M > 16:
         if torch.cuda.is_available():
-            yield Batch()
+            yield choose_batch(torch.device("cuda"))
         yield Dense()
         return
     if torch.cuda.is_available():
@@ -94,10 +95,10 @@ def product(
     factors = lora.scaling[0].repeat_interleave(RANK).to(DTYPE).expand(64, -1).contiguous() if lora else None
 
     def run(x: Tensor) -> Tensor:
-        x = rms_norm(x, *norm) if norm else x
         if isinstance(way, Batch):
-            y = nf4_batch(x, weights, lora, cut=way)
+            y = nf4_batch(x, weights, lora, norm=norm, cut=way)
         else:
+            x = rms_norm(x, *norm) if norm else x
             y, h = F.linear(x, every).tensor_split([weights.N], 1)
             if lora and factors is not None:
                 h *= factors[: len(x)]

@@ -16,12 +16,17 @@ from torch import Tensor
 from medlora.kernels import cuda
 from medlora.kernels.nf4 import TABLE
 
-PTX = ("u16 narrow(", "float half(", "uint4 stream(", "u32 look_up(", "void mma(", "void early_start(")
+PTX = (
+    "u16 narrow(", "float half(", "u32 times(", "uint4 stream(", "u32 look_up(", "void mma(", "void early_start(",
+    "int arrived(",
+)  # fmt: skip
 
 
-def translated(file: str, name: str, functions: Sequence[str], patterns: Sequence[tuple[str, str]]) -> str:
+def translated(
+    file: str, name: str, functions: Sequence[str], patterns: Sequence[tuple[str, str]], together: str = "programs"
+) -> str:
     """The source of kernel `name` without the functions of PTX and `functions`, by their starts, with `patterns`
-    replaced."""
+    replaced; `together` is how many programs run at once, which must be all if they wait for each other."""
     source = cuda.source(file)
     for function in (*PTX, *functions):
         pattern = rf"(template <[^\n]*>\n)?__device__[^\n]*{re.escape(function)}.*?\n}}\n"
@@ -33,7 +38,8 @@ def translated(file: str, name: str, functions: Sequence[str], patterns: Sequenc
     arguments = re.search(rf" {name}\((.*?)\) \{{", source, re.DOTALL)
     assert arguments and "__shared__ " not in source
     names = ", ".join(re.findall(r"(\w+)(?:,|$)", arguments[1].replace("\n", " ")))
-    call = f'extern "C" void run(int programs, {arguments[1]}) {{ launch(programs, THREADS, {name}, {names}); }}\n'
+    body = f"launch(programs, {together}, THREADS, {name}, {names});"
+    call = f'extern "C" void run(int programs, {arguments[1]}) {{ {body} }}\n'
     return '#include "cuda_on_cpu.hpp"\n' + source.replace("__restrict__", "") + call.replace("__restrict__", "")
 
 

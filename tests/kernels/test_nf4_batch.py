@@ -8,24 +8,30 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medlora.generate.weights import Choice, Projection
 from medlora.kernels import nf4_batch as module
-from medlora.kernels.nf4_batch import CUT, Cut, nf4_batch
+from medlora.kernels.nf4_batch import Cut, nf4_batch
 from medlora.kernels.nf4_linear import NF4Weights
 
 from .cuda_on_cpu import compiler, translated
 from .test_nf4_linear import adapters, quantised
 
-FUNCTIONS = ("u32 times(", "void stage(", "void staged_unit(", "void landed(", "int again(")
-PATTERNS = ((r"extern __shared__ uint4 room\[\];", "uint4* const room = (uint4*)program->staged;"),)
+ROOM = r"extern __shared__ uint4 room\[\];", "uint4* const room = (uint4*)program->staged;"
+PTX = r"// Pieces of eight rows.*?\n#endif\n\nstruct Place", "struct Place"
 CUDA = torch.cuda.is_available()
+emulated = pytest.mark.skipif(CUDA or not shutil.which("g++"), reason="needs g++; a GPU does without")
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    return compiler(translated("nf4_batch.cu", "nf4_batch", FUNCTIONS, PATTERNS), tmp_path_factory.mktemp("cuda"))
+    compilers = {
+        name: compiler(translated(f"{name}.cu", name, (), patterns, together), tmp_path_factory.mktemp(name))
+        for name, patterns, together in (("nf4_batch", (ROOM, PTX), "programs"), ("nf4_prepare", (ROOM,), "4"))
+    }
+    return lambda name, device, warps, shared, **defined: compilers[name](device, shared, **defined)
 
 
 def rounded(w: Tensor) -> Tensor:
@@ -36,9 +42,9 @@ def rounded(w: Tensor) -> Tensor:
 
 
 def check(
-    M: int, sizes: tuple[int, ...], D: int, cut: Cut, device: str, close: Callable[..., None],
+    M: int, sizes: tuple[int, ...], D: int, cut: Cut | None, device: str, close: Callable[..., None],
     stored: str = "bfloat16", ranks: tuple[int, int] | None = None, slots: tuple[int, ...] = (0,),
-    residual: bool = False, double: bool = False,
+    residual: bool = False, double: bool = False, normed: bool = False,
 ) -> None:  # fmt: skip
     """Against fp32, twice with the same bits; rows further apart than they are long."""
     weights, plain = quantised(sizes, D, device, double, torch.float32 if double else getattr(torch, stored))
@@ -47,34 +53,39 @@ def check(
     x, every = wide[:, :D], [slots[m % len(slots)] for m in range(M)]
     lora, terms = adapters(sizes, D, every, torch.bfloat16, device, ranks) if ranks else (None, [])
     added = torch.randn(M, sum(sizes) + 4, device=device).bfloat16()[:, 4:] if residual else None
-    outs = [x.float() @ rounded(w).T for w in plain]
+    norm = (torch.rand(D, device=device).bfloat16(), 1e-5) if normed else None
+    fx = (F.rms_norm(x.float(), (D,), eps=norm[1]).bfloat16() * norm[0] if norm else x).float()
+    outs = [fx @ rounded(w).T for w in plain]
     for s, parts in enumerate(terms):
         rows = torch.tensor([slot == s for slot in every], device=device)[:, None]
         for y, part in zip(outs, parts, strict=True):
             if part:
                 a, b, scaling = part[0].bfloat16().float(), part[1].bfloat16().float(), part[2]
-                y += rows * ((x.float() @ a.T).bfloat16().float() @ b.T) * scaling
+                y += rows * ((fx @ a.T * scaling).bfloat16().float() @ b.T)
     wanted = torch.cat(outs, 1) if added is None else torch.cat(outs, 1) + added
-    y = nf4_batch(x, weights, lora, residual=added, cut=cut)
-    close(y, wanted)
+    y = nf4_batch(x, weights, lora, norm=norm, residual=added, cut=cut)
+    close(y, wanted, roundings=3 if normed else 1)  # h takes the norm's factor last
     again = torch.empty_like(y) if added is None else added
-    assert nf4_batch(x, weights, lora, residual=added, out=again, cut=cut) is again
+    assert nf4_batch(x, weights, lora, norm=norm, residual=added, out=again, cut=cut) is again
     assert torch.equal(y, again)
     assert not weights.counters.any()
 
 
-@pytest.mark.skipif(CUDA or not shutil.which("g++"), reason="needs g++; a GPU does without")
+@emulated
 @pytest.mark.parametrize(
     ("M", "sizes", "D", "cut", "programs", "options"),
     [
-        (1, (64,), 128, Cut(1, 1, 2), 3, {}),
-        (17, (48, 16, 16), 320, Cut(1, 1, 2), 3, {"ranks": (16, 8), "slots": (0, 1, -1)}),
-        (33, (80,), 576, Cut(2, 2, 2), 4, {"ranks": (20, 5), "residual": True, "stored": "float16"}),
-        (64, (64, 32), 512, Cut(1, 2, 4), 5, {"ranks": (40, 8), "slots": (1, 0)}),
-        (16, (96, 32), 1024, Cut(4, 1, 2), 7, {"ranks": (136, 8), "stored": "float32", "residual": True}),
-        (9, (256, 128), 128, Cut(2, 2, 2, stages=2), 2, {"double": True, "ranks": (8, 8), "slots": (0, -1)}),
-        (30, (272, 48), 320, CUT, 2, {"ranks": (24, 3), "residual": True}),
-        (5, (16, 16), 64, Cut(2, 2, 2), 9, {"ranks": (3, 2), "stored": "float32"}),
+        (1, (64,), 128, Cut(False, 1, 2), 3, {}),
+        (1, (64,), 128, Cut(True, 1, 2), 3, {"normed": True}),
+        (17, (48, 16, 16), 320, Cut(True, 1, 2), 3, {"ranks": (16, 8), "slots": (0, 1, -1), "normed": True}),
+        (33, (80,), 576, Cut(False, 2, 2), 4, {"ranks": (20, 5), "residual": True, "stored": "float16"}),
+        (33, (80,), 576, Cut(True, 2, 2), 4, {"ranks": (20, 5), "residual": True, "stored": "float16"}),
+        (64, (64, 32), 512, Cut(True, 1, 4), 5, {"ranks": (40, 8), "slots": (1, 0), "normed": True}),
+        (16, (96, 32), 1024, Cut(True, 4, 2), 7, {"ranks": (136, 8), "stored": "float32", "residual": True}),
+        (9, (256, 128), 128, Cut(False, 2, 2), 2, {"double": True, "ranks": (8, 8), "slots": (0, -1)}),
+        (30, (272, 48), 320, Cut(), 2, {"ranks": (24, 3), "residual": True}),
+        (30, (272, 48), 1216, Cut(True, 1, 16), 2, {"ranks": (24, 3), "residual": True, "normed": True}),
+        (5, (16, 16), 64, Cut(True, 2, 2), 9, {"ranks": (3, 2), "stored": "float32"}),
     ],
 )
 def test_program_by_program(
@@ -82,15 +93,16 @@ def test_program_by_program(
     compiled: Callable[..., Any], close: Callable[..., None], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(module, "_compiled", compiled)
+    monkeypatch.setattr(module, "PREPARE_PROGRAMS", 16)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=programs))
     check(M, sizes, D, cut, "cpu", close, **options)
 
 
-@pytest.mark.skipif(CUDA or not shutil.which("g++"), reason="needs g++; a GPU does without")
+@emulated
 def test_a_batch_of_a_decoder_reads_codes(
     compiled: Callable[..., Any], close: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it comes from dequantised weights, without dequantising any; kept ones where they are faster."""
+    """As it comes from dequantised weights, without dequantising any; from kept ones where it does not serve."""
 
     def adapted(D: int, N: int) -> Any:
         base = bnb.nn.LinearNF4(D, N, bias=False, compute_dtype=torch.bfloat16)
@@ -101,6 +113,7 @@ def test_a_batch_of_a_decoder_reads_codes(
         return SimpleNamespace(base_layer=base.to("cpu"), **parts, **rest)
 
     monkeypatch.setattr(module, "_compiled", compiled)
+    monkeypatch.setattr(module, "choose_cut", lambda _: Cut(hopper=True))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=3))
     slots = [-1, 0, 0, -1] * 5
     choice = Choice(slots, torch.tensor(slots, dtype=torch.int32), step=True)
@@ -114,30 +127,26 @@ def test_a_batch_of_a_decoder_reads_codes(
         middle = gate_up(x, choice, norm=norm)
         wanted = down(middle, choice, residual=x.clone())
         monkeypatch.setattr("medlora.generate.weights.serves", lambda *_: True)
-        monkeypatch.setattr(NF4Weights, "dequantize", None)
-        close(gate_up(x, choice, norm=norm), middle, roundings=6)
-        close(down(middle, choice, residual=x.clone()), wanted, roundings=3)
-        over_codes = down(middle, choice)
-        monkeypatch.undo()
+        with monkeypatch.context() as without:
+            without.setattr(NF4Weights, "dequantize", None)
+            close(gate_up(x, choice, norm=norm), middle, roundings=6)
+            close(down(middle, choice, residual=x.clone()), wanted, roundings=3)
         gate_up.keep()
-        down.keep()
-        monkeypatch.setattr("medlora.generate.weights.serves", lambda *_: True)
-        monkeypatch.setattr("medlora.generate.weights.beats_dense", lambda rows, N, D: (rows, N, D) == (20, 128, 64))
-        monkeypatch.setattr("medlora.generate.weights.nf4_batch", lambda *_, **__: over_codes)
-        assert down(middle, choice) is over_codes
+        monkeypatch.setattr("medlora.generate.weights.serves", lambda *_: False)
         close(gate_up(x, choice, norm=norm), middle, roundings=6)
 
 
 def test_serves_where_it_can_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(major=9, shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    monkeypatch.setattr(module, "choose_cut", lambda _: Cut(hopper=True))
     for built, served in ((object(), True), (None, False)):
         monkeypatch.setattr(module, "_compiled", lambda *_, built=built, **__: built)
         assert module.serves.__wrapped__(torch.device("cuda", 0), torch.bfloat16) is served
         assert not module.serves.__wrapped__(torch.device("cuda", 0), torch.float16)
         assert not module.serves.__wrapped__(torch.device("cpu"), torch.bfloat16)
     monkeypatch.setattr(module, "_compiled", lambda *_, **__: object())
-    found.shared_memory_per_block_optin = 101376
+    found.shared_memory_per_block_optin = 65536
     assert not module.serves.__wrapped__(torch.device("cuda", 0), torch.bfloat16)
 
 
@@ -161,8 +170,10 @@ gpu = pytest.mark.skipif(not CUDA, reason="needs CUDA")
     ],
 )
 def test_models(M: int, sizes: tuple[int, ...], D: int, close: Callable[..., None]) -> None:
-    check(M, sizes, D, CUT, "cuda", close)
-    check(M, sizes, D, CUT, "cuda", close, ranks=(64, 16), slots=(0, 1, -1), residual=len(sizes) == 1)
+    for cut in (None, Cut()):
+        check(M, sizes, D, cut, "cuda", close)
+        one = len(sizes) == 1
+        check(M, sizes, D, cut, "cuda", close, ranks=(64, 16), slots=(0, 1, -1), residual=one, normed=not one)
 
 
 @pytest.mark.gpu
@@ -171,9 +182,9 @@ def test_models(M: int, sizes: tuple[int, ...], D: int, close: Callable[..., Non
 def test_scales(stored: str, close: Callable[..., None]) -> None:
     form = {"double": True} if stored == "double" else {"stored": stored}
     for M, sizes, D in ((64, (2048, 512, 512), 2048), (20, (176, 80), 704), (9, (16,), 64)):
-        check(M, sizes, D, CUT, "cuda", close, ranks=(20, 5), slots=(0, 1), **form)
-        check(M, sizes, D, CUT, "cuda", close, ranks=(136, 3), slots=(1, -1, 0, 0), **form)
-        check(M, sizes, D, CUT, "cuda", close, residual=True, **form)
+        check(M, sizes, D, None, "cuda", close, ranks=(20, 5), slots=(0, 1), **form)
+        check(M, sizes, D, None, "cuda", close, ranks=(136, 3), slots=(1, -1, 0, 0), **form)
+        check(M, sizes, D, None, "cuda", close, residual=True, **form)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from .test_nf4_linear import adapters, expected, held, quantised
 pytestmark = pytest.mark.skipif(
     not (INTERPRETED and shutil.which("g++")), reason="needs g++, and Triton's interpreter for the launch before"
 )
-FUNCTIONS = ("int arrived(", "void meet(", "void reach(")
+FUNCTIONS = ("void meet(", "void reach(")
 PATTERNS = (
     (r'asm volatile\("prefetch.*?;\n', ";\n"),
     (r"__shared__ u32 table\[ENTRIES\];", "u32* const table = program->table;"),

@@ -22,12 +22,12 @@ from medlora.generate.decoder import Decoder, Span
 from medlora.generate.weights import Choice
 from medlora.kernels.decode_attention import decode_attention, rope_append
 from medlora.kernels.dispatch import ceil_div, next_power_of_2
+from medlora.kernels.nf4_batch import MAX_ROWS as BATCH_ROWS
 from medlora.kernels.nf4_batch import serves
 from medlora.kernels.nf4_linear import MAX_ROWS
 from medlora.model.memory import free_bytes
 
 WARM_UP = 2  # runs before a capture, in which kernels compile and libraries allocate
-UNKEPT = 32  # rows up to which nf4_batch outdoes dequantised weights as a whole
 NARROWEST = 8  # blocks of the smallest table
 
 
@@ -108,7 +108,7 @@ class Steps:
 
     def _keep(self, rows: int) -> None:
         device = self.decoder.device
-        if rows > UNKEPT or not serves(device, self.decoder.dtype):
+        if rows > BATCH_ROWS or not serves(device, self.decoder.dtype):
             self.decoder.keep(free_bytes(device))
 
     def _run(self, single: Single) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from medlora.kernels.nf4 import store_scales, stored_scales
 from medlora.kernels.nf4_batch import MAX_ROWS as BATCH_ROWS
-from medlora.kernels.nf4_batch import beats_dense, nf4_batch, serves
+from medlora.kernels.nf4_batch import nf4_batch, serves
 from medlora.kernels.nf4_linear import MAX_ROWS, LoraTerms, NF4Weights, nf4_linear, padded_rank
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.swiglu import swiglu
@@ -95,10 +95,9 @@ class Nf4:
     def reads_codes(self, x: Tensor) -> bool:
         return len(x) <= MAX_ROWS and self.bias is None
 
-    def reads_batch(self, rows: int) -> bool:
-        """Whether nf4_batch serves as many rows, and better than kept weights where there are any."""
-        most = rows <= BATCH_ROWS if self.kept is None else beats_dense(rows, self.codes.N, self.codes.D)
-        return most and self.bias is None and serves(self.codes.codes.device, self.dtype)
+    def reads_batch(self, x: Tensor) -> bool:
+        """Whether nf4_batch serves, which is faster than kept weights too: bench/kernels_decode.py."""
+        return len(x) <= BATCH_ROWS and self.bias is None and serves(x.device, self.dtype)
 
     def __call__(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         if self.kept is not None:
@@ -266,9 +265,8 @@ class Projection:
             terms = LoraTerms(self.a, self.b, self.scaling, choice.slots) if adapted else None
             if self.weight.reads_codes(x):
                 return nf4_linear(x, codes, terms, norm=norm, gated=self.gated, residual=residual)
-            if choice.step and self.weight.reads_batch(len(x)):
-                x = rms_norm(x, *norm) if norm else x
-                y = nf4_batch(x, codes, terms, residual=residual, out=residual)
+            if choice.step and self.weight.reads_batch(x):
+                y = nf4_batch(x, codes, terms, norm=norm, residual=residual, out=residual)
                 return gated(y) if self.gated else y
         if self.for_steps and choice.step:
             wide = x.float() if norm is None else F.rms_norm(x.float(), x.shape[1:], norm[0].float(), norm[1])

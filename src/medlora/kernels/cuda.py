@@ -134,7 +134,8 @@ def _check(failed: int) -> None:
 
 def _compile(code: str, file: str, capability: tuple[int, int], defined: Mapping[str, Any]) -> bytes:
     library = torch.cuda._utils._get_gpu_rtc_library()
-    options = ["--gpu-architecture=sm_{}{}".format(*capability), "--std=c++17"]
+    suffix = "a" if capability == (9, 0) else ""  # what only Hopper has
+    options = ["--gpu-architecture=sm_{}{}{}".format(*capability, suffix), "--std=c++17"]
     options += [f"-D{name}={value}" for name, value in defined.items()]
     program = ctypes.c_void_p()
     library.nvrtcCreateProgram(ctypes.byref(program), code.encode(), file.encode(), 0, None, None)

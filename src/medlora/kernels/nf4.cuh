@@ -1,4 +1,4 @@
-// What nf4_linear.cu and nf4_batch.cu share: bfloat16 by its bits, codes by way of a table, the tensor cores' product.
+// What nf4_linear.cu, nf4_batch.cu and nf4_prepare.cu share: bfloat16 by its bits, codes by way of a table, the tensor cores' product.
 //
 // Two weights come as one register from a table in shared memory, by their byte. Every lane has a copy of it in its own
 // bank, so that 32 lanes look up 32 different bytes at once: two instructions and one look-up for two weights, where
@@ -20,6 +20,16 @@ __device__ __forceinline__ u16 narrow(float x) {
   u16 y;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
   return y;
+}
+
+__device__ __forceinline__ u32 times(u32 two, u32 factors) {
+  u32 product;
+#if __CUDA_ARCH__ >= 900
+  asm("mul.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(two), "r"(factors));
+#else
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(two), "r"(factors), "r"(0x80008000));
+#endif
+  return product;
 }
 
 __device__ __forceinline__ float half(u16 x) {
@@ -55,6 +65,12 @@ __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ int arrived(const int* counter) {
+  int n;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(n) : "l"(counter) : "memory");
+  return n;
 }
 
 // Let the next kernel start, and wait for the one ahead.

@@ -1,67 +1,40 @@
 // y = x W' + s (x A') B' + residual for up to 64 rows, W in NF4: the product of nf4_batch.py on sm_80 and later, in bfloat16.
 //
-// A warp takes 16 TALL outputs and all rows of x. Its weights are the left operand of the tensor cores: two of them come
-// as one register from a table in shared memory, by their byte, from the lane's own bank (nf4.cuh), and are
-// multiplied by their block's absmax in bfloat16. A fourth as many bytes pass as of dequantised weights, and what bounds
-// the product instead are tensor cores and shared memory, about alike.
+// A warp takes 16 outputs of each of TALL tiles and all rows of x. Its weights are the left operand of the tensor cores:
+// two of them come as one register from a table in shared memory, by their byte, from the lane's own bank (nf4.cuh), and
+// are multiplied by their block's absmax in bfloat16. With WGMMA (sm_90a) four warps multiply together and the tensor
+// cores read x in shared memory by themselves, while the warps decode on; elsewhere they load it with ldmatrix.
 //
-// Work is cut into units of 128 columns of one tile of outputs. Of the four lanes on a row each holds 16 bytes of codes,
-// which is 32 neighbouring columns, so a lane needs 16 bytes of a row of x for every two multiplications: x is laid out
-// in shared memory such that eight lanes read 16 bytes each from different banks. Copies of x run STAGES - 1 units ahead,
-// codes AHEAD units, in registers that are filled again as soon as they are decoded. After the units of W come those of
-// the adapters, where b takes the place of decoded weights, h = x A' that of x, and s that of absmax; in rows that take
-// another adapter h counts as zero.
+// Work is cut into units of 128 columns of TALL tiles. Of the four lanes on a row each holds 16 bytes of codes, which is
+// 32 neighbouring columns, where a product of 16 columns wants two neighbours from each lane twice. So x comes with its
+// columns in that order, a unit of it as it is to lie in shared memory: in quarters of four pieces, a piece 16 bytes of
+// every row. After the units of W come those of the adapters, of 32 ranks, where b takes the place of decoded weights and
+// h = s x A', zero in rows that take another adapter, that of x: one quarter.
+//
+// Codes are on their way to shared memory before they are decoded, each by the thread that will decode them, those of two
+// units at a time, which are 128 neighbouring bytes of a row. So is x, LEAD units ahead, with WGMMA as one copy that a
+// barrier of its stage counts; another counts the warps that have done with the stage, so that they need not keep step.
 //
 // Every program has an equal share of all units, one after the other, whatever tiles these belong to. Programs that share
-// a tile write what they have of it, and the last one to be through adds it up, in the order of programs, so that it does
-// not matter which one that is; then it sets the tile's counter back to zero. Nobody waits.
+// a tile write what they have of it. When all have, most of them add up a part each, in the order of programs, and write y.
+// They wait for each other, so all programs must run at once: no more than there are multiprocessors.
 //
-// Defined when it is compiled: WIDE (rows / 8), TALL, WARPS, STAGES, AHEAD, SCALES (absmax in 0: fp32, 1: bf16, 2: fp16, 3:
+// Defined when it is compiled: WIDE (rows / 8), TALL, WARPS, WGMMA (0 or 1), SCALES (absmax in 0: fp32, 1: bf16, 2: fp16, 3:
 // 8 bits, quantised again), LORA, RESIDUAL (0 or 1).
 
 #include "nf4.cuh"
 
-constexpr int THREADS = 32 * WARPS, ROWS = 8 * WIDE, OUTPUTS = 16 * TALL * WARPS;  // of a program
-constexpr int COLUMNS = 128, PIECES = COLUMNS / 8;              // of a unit; pieces of 16 bytes
-constexpr int PITCH = OUTPUTS + 4;                              // of sums, so that a warp's 32 lie in 32 banks
-constexpr int FOURS = ROWS * OUTPUTS / 4, EACH = FOURS / THREADS;  // sums by four; a thread's
-constexpr int ACROSS = OUTPUTS / 4, DOWN = THREADS / ACROSS;    // in a row; rows that the threads take at once
-constexpr int BATCH = EACH < 8 ? EACH : 8;                      // of them that are under way together
+typedef unsigned long long u64;
+
+constexpr int THREADS = 32 * WARPS, ROWS = 8 * WIDE;
+constexpr int TILE = 16 * WARPS, OUTPUTS = TALL * TILE;  // of a program
+constexpr int COLUMNS = 128, RANKS = COLUMNS / 4;        // of a unit of W, and of an adapter
+constexpr int QUARTER = 4 * ROWS;                        // [step][half][ROWS] of 16 bytes
+constexpr int STAGES = 4, LEAD = 2;                      // units of x: with room, and asked for ahead
+constexpr int SLOTS = 4;                                 // units of codes with room
+constexpr int FOURS = TALL * WIDE;                       // sums of a thread by four
 
 __device__ __forceinline__ u32 both(u16 x) { return x * 0x10001u; }
-
-__device__ __forceinline__ u32 times(u32 two, u32 factors) {
-  u32 product;
-#if __CUDA_ARCH__ >= 900
-  asm("mul.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(two), "r"(factors));
-#else
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(two), "r"(factors), "r"(0x80008000));
-#endif
-  return product;
-}
-
-// 16 bytes on their way to shared memory, zeros where there is nothing inside.
-__device__ __forceinline__ void stage(uint4* to, const u16* from, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from),
-      "r"(inside ? 16 : 0)
-      : "memory");
-}
-
-__device__ __forceinline__ void staged_unit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// All but the last PENDING units that this thread staged have landed.
-template <int PENDING>
-__device__ __forceinline__ void landed() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
-// The same number, from which nothing is worked out ahead of the loop around: registers are short there.
-__device__ __forceinline__ int again(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 
 // A block's absmax as it lies in memory, so that nothing waits for the load before it is used.
 struct Scale {
@@ -75,30 +48,125 @@ struct Scale {
 #endif
 };
 
+// Pieces of eight rows each, as the right operand of two products: lane l names row l % 8 of piece l / 8.
+__device__ __forceinline__ uint4 right_of(const uint4* at) {
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "r"(u32(__cvta_generic_to_shared(at))));
+  return v;
+}
+
+// 16 bytes on their way to shared memory.
+__device__ __forceinline__ void stage(uint4* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void staged() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All but the last PENDING groups that this thread staged have landed.
+template <int PENDING>
+__device__ __forceinline__ void landed() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+#if WGMMA
+__device__ __forceinline__ u32 shared(const void* at) { return u32(__cvta_generic_to_shared(at)); }
+
+// A barrier whose phase ends when as many have arrived, and copies that it counts have landed.
+__device__ __forceinline__ void make_barrier(u64* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared(barrier)), "r"(arrivals) : "memory");
+}
+
+// Barriers that this thread made are there for copies.
+__device__ __forceinline__ void made_barriers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared(barrier)) : "memory");
+}
+
+// Bytes on their way to shared memory, and this thread has arrived.
+__device__ __forceinline__ void copy(uint4* to, const uint4* from, int bytes, u64* barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared(barrier)), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared(to)),
+      "l"(from), "r"(bytes), "r"(shared(barrier))
+      : "memory");
+}
+
+// Until the barrier's phase of this parity has ended.
+__device__ __forceinline__ void await(u64* barrier, int parity) {
+  u32 over;
+  do
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(over)
+        : "r"(shared(barrier)), "r"(parity)
+        : "memory");
+  while (!over);
+}
+
+// Registers that a product is to read or add to are as this thread sees them.
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// All products but those of the last PENDING groups are through.
+template <int PENDING>
+__device__ __forceinline__ void finished() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+#define FOUR(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define PRODUCT(n, sums, a, x) \
+  "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" sums "}, {" a "}, " x ", 1, 1, 1, 0;"
+#define EIGHT(a, b, c, d, e, f, g, h) "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
+
+// d += a x, of 16 columns; x is described by where it begins, how far apart its halves and its groups of eight rows are.
+__device__ __forceinline__ void multiply_async(float (&d)[WIDE][4], const u32 (&a)[4], unsigned long long x) {
+#if WIDE == 8
+  asm volatile(PRODUCT(64, EIGHT(0, 1, 2, 3, 4, 5, 6, 7) ", " EIGHT(8, 9, 10, 11, 12, 13, 14, 15) ", "
+          EIGHT(16, 17, 18, 19, 20, 21, 22, 23) ", " EIGHT(24, 25, 26, 27, 28, 29, 30, 31), "%32, %33, %34, %35", "%36")
+      : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
+#elif WIDE == 4
+  asm volatile(PRODUCT(32, EIGHT(0, 1, 2, 3, 4, 5, 6, 7) ", " EIGHT(8, 9, 10, 11, 12, 13, 14, 15),
+          "%16, %17, %18, %19", "%20")
+      : FOUR(0), FOUR(1), FOUR(2), FOUR(3)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
+#else
+  asm volatile(PRODUCT(16, EIGHT(0, 1, 2, 3, 4, 5, 6, 7), "%8, %9, %10, %11", "%12")
+      : FOUR(0), FOUR(1)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x));
+#endif
+}
+#else
+// Products are through when they have been asked for.
+template <int PENDING>
+__device__ __forceinline__ void finished() {}
+#endif
+
 struct Place {
   int tile, unit;
 };
 
-// x [M, D], codes [N, D / 2], absmax [N, D / 64], h [M, S G R], b [S, N, R], scaling [S, G], slots [M], residual and y
-// [M, N], shares [2 programs, FOURS], counters [tiles]. R is a multiple of 8. What another kernel may still be writing
-// is not __restrict__: it must not be read before the wait.
-extern "C" __global__ void __launch_bounds__(THREADS) nf4_batch(
-    const u16* x, const u8* __restrict__ codes, const void* __restrict__ absmax,
+// x [chunks, 4, QUARTER] of 8 columns, codes [N, D / 2], absmax [N, D / 64], h [G, S, parts, QUARTER] of 8 ranks, b [S, N, R],
+// residual and y [M, N], shares [2 programs, FOURS, THREADS], counters [tiles]. R is a multiple of 8. What another kernel
+// may still be writing is not __restrict__: it must not be read before the wait.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) nf4_batch(
+    const uint4* x, const u8* __restrict__ codes, const void* __restrict__ absmax,
     const float* __restrict__ code, const float* __restrict__ outer, const float* __restrict__ offset,
-    const u16* h, const u16* __restrict__ b, const float* __restrict__ scaling, const int* slots,
-    const u16* residual, u16* y, float4* shares, int* counters,
-    int x_row, int residual_row, int y_row, int M, int N, int D, int end0, int end1, int S, int R, int G) {
+    const uint4* h, const u16* __restrict__ b, const u16* residual, u16* y, float4* shares, int* counters,
+    int residual_row, int y_row, int M, int N, int D, int end0, int end1, int S, int R, int G) {
   extern __shared__ uint4 room[];
-  u32* const table = (u32*)room;                              // [256][32]
-  uint4* const inputs = room + ENTRIES / 4;                   // [STAGES][ROWS][PIECES]
-  float* const sums = (float*)(inputs + STAGES * ROWS * PIECES);  // [ROWS][PITCH]
-  int *const slot = (int*)(sums + ROWS * PITCH), *const last = slot + ROWS;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  u32* const table = (u32*)room;             // [256][32]
+  uint4* const inputs = room + ENTRIES / 4;  // [STAGES][4][QUARTER]
+  uint4* const ring = inputs + STAGES * 4 * QUARTER + threadIdx.x;  // [SLOTS][TALL][2][THREADS]
+  u64 *const full = (u64*)(inputs + STAGES * 4 * QUARTER + SLOTS * 2 * TALL * THREADS), *const empty = full + STAGES;  // [STAGES]
+  const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, t = lane % 4;
   const u32 own = u32(__cvta_generic_to_shared(table)) + 4 * lane;  // the lane's bank
-  const int output = 16 * TALL * (threadIdx.x / 32) + g;
+  const int output = thread / 32 * 16 + g;                         // and the one 8 further, of each tile
 
-  const int blocks = D / 64, chunks = (D + COLUMNS - 1) / COLUMNS, parts = LORA ? (R + COLUMNS - 1) / COLUMNS : 1;
-  const int units = chunks + LORA * S * parts;  // of a tile
+  const int blocks = D / 64, chunks = (D + COLUMNS - 1) / COLUMNS, parts = LORA ? (R + RANKS - 1) / RANKS : 1;
+  const int units = chunks + LORA * S * parts;  // of TALL tiles
   auto tiles_of = [](int n) { return (n + OUTPUTS - 1) / OUTPUTS; };
   const int tiles0 = tiles_of(end0), tiles1 = tiles0 + tiles_of(end1 - end0), tiles = tiles1 + tiles_of(N - end1);
   const int work = tiles * units, programs = gridDim.x, program = blockIdx.x;
@@ -108,40 +176,37 @@ extern "C" __global__ void __launch_bounds__(THREADS) nf4_batch(
     return tile < tiles0 ? tile * OUTPUTS : tile < tiles1 ? end0 + (tile - tiles0) * OUTPUTS : end1 + (tile - tiles1) * OUTPUTS;
   };
   auto end_of = [&](int tile) { return tile < tiles0 ? end0 : tile < tiles1 ? end1 : N; };
-  auto stop = [&](int tile) { return min(units, to - tile * units); };  // where this program leaves a tile
+  auto after = [&](Place at) { return at.unit + 1 < units ? Place{at.tile, at.unit + 1} : Place{at.tile + 1, 0}; };
   const Place start = {from / units, from % units};
   const int final = (to - 1) / units;  // tile
 
-  uint4 held[AHEAD][TALL][2];  // codes, or b
-  Scale raw[AHEAD][TALL][2];
-  float scaled[AHEAD];  // by s of an adapter
-  Place ahead[AHEAD];   // what is asked for next
-  // The lane's 16 bytes of a unit in row 0, or of its quarter w if the unit is an adapter's, and how far apart rows are.
-  struct Source {
-    const u8* first;
-    int row;
+  auto row_of = [&](int tile, int i) { return min(first_of(tile) + i / 2 * TILE + output + i % 2 * 8, end_of(tile) - 1); };
+  auto column_of = [&](int unit) { return min(2 * unit + t / 2, blocks - 1); };  // of blocks
+  // Codes of a unit, or b, on their way to the next slot.
+  Place place = start;
+  int slot = 0;
+  auto stage_next = [&] {
+    if (place.tile * units + place.unit >= to) return;
+    uint4* const to_slot = ring + slot * 2 * TALL * THREADS;
+    if (LORA && place.unit >= chunks) {
+      const int s = (place.unit - chunks) / parts, rank = (place.unit - chunks - s * parts) * RANKS + 8 * t;
+#pragma unroll
+      for (int i = 0; i < 2 * TALL; i++)
+        stage(to_slot + i * THREADS, b + size_t(s * N + row_of(place.tile, i)) * R + (rank < R ? rank : 0));
+    } else {
+      const u8* const from = codes + column_of(place.unit) * 32 + t % 2 * 16;
+#pragma unroll
+      for (int i = 0; i < 2 * TALL; i++)
+        stage(to_slot + i * THREADS, from + size_t(row_of(place.tile, i) * blocks) * 32);
+    }
+    place = after(place), slot = slot + 1 == SLOTS ? 0 : slot + 1;
   };
-  auto source = [&](Place at, int w) -> Source {
-    const int more = at.unit - chunks, rank = more % parts * COLUMNS + 32 * w + 8 * t;
-    if (LORA && more >= 0) return {(const u8*)(b + size_t(more / parts * N) * R + (rank < R ? rank : 0)), 2 * R};
-    return {codes + min(2 * at.unit + t / 2, blocks - 1) * 32 + 16 * (t % 2), 32 * blocks};
-  };
-  auto row_of = [&](int tile, int i) { return min(first_of(tile) + output + 8 * i, end_of(tile) - 1); };
-  auto settle = [&](int e) {  // on to the next tile; behind the last unit the old one's neighbour is asked for
-    Place& at = ahead[e];
-    while (at.unit >= stop(at.tile) && at.tile < final) at.tile++, at.unit = e;
-    at.unit = min(at.unit, units - 1);
-  };
-  auto fetch = [&](int e) {
-    const Place at = ahead[e];
-    const int more = at.unit - chunks;
-    const Source from = source(at, 0);
-    const int first = min(2 * at.unit + t / 2, blocks - 1);
+  Scale raw[TALL][2];  // of the next unit
+  auto fetch_scales = [&](Place at) {
 #pragma unroll
     for (int i = 0; i < 2 * TALL; i++) {
-      const int row = row_of(at.tile, i), block = row * blocks + first;
-      held[e][i / 2][i % 2] = stream(from.first + size_t(row) * from.row);
-      Scale& scale = raw[e][i / 2][i % 2];
+      const int block = row_of(at.tile, i) * blocks + column_of(at.unit);
+      Scale& scale = raw[i / 2][i % 2];
 #if SCALES == 0
       scale.stored = ((const float*)absmax)[block];
 #elif SCALES == 3
@@ -150,8 +215,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) nf4_batch(
       scale.stored = ((const u16*)absmax)[block];
 #endif
     }
-    if (LORA) scaled[e] = scaling[more < 0 ? 0 : more / parts * G + module_of(at.tile)];
-    ahead[e].unit += AHEAD, settle(e);
   };
   auto factor = [&](const Scale& scale, int module) {
 #if SCALES == 0
@@ -164,139 +227,173 @@ extern "C" __global__ void __launch_bounds__(THREADS) nf4_batch(
     return both(narrow(code[scale.stored] * scale.outer + offset[module]));
 #endif
   };
-#pragma unroll
-  for (int e = 0; e < AHEAD; e++) ahead[e] = {start.tile, start.unit + e}, settle(e), fetch(e);
-  fill(table, THREADS);
-  early_start();
-  if (LORA)
-    for (int row = threadIdx.x; row < ROWS; row += THREADS) slot[row] = row < M ? __ldcg(slots + row) : -1;
-  __syncthreads();
-
-  Place coming = start;  // what is staged next
-  int filled = 0, taken = 0;
-  auto stage_next = [&] {
-    const int more = coming.unit - chunks;
-    if (coming.tile <= final) {
-      const bool base = !LORA || more < 0;
-      const int s = base ? 0 : more / parts, width = base ? D : R, row_to_row = base ? x_row : S * G * R;
-      const int piece = threadIdx.x % PIECES ^ threadIdx.x / PIECES % 2 * 4;  // w * 4 + t, of every row it stages
-      const int column = (base ? coming.unit : more % parts) * COLUMNS + 8 * (base ? piece % 4 * 4 + piece / 4 : piece);
-      const u16* const rows = (base ? x : h + (s * G + module_of(coming.tile)) * R) + (column < width ? column : 0);
-      uint4* const input = inputs + filled * ROWS * PIECES + threadIdx.x;
-#pragma unroll
-      for (int i = 0; i < ROWS * PIECES / THREADS; i++) {
-        const int row = threadIdx.x / PIECES + i * (THREADS / PIECES);
-        const bool inside = column < width && row < M && (base || slot[row] == s);
-        stage(input + i * THREADS, rows + (inside ? row * row_to_row : 0), inside);
-      }
-    }
-    if (coming.tile <= final && ++coming.unit >= stop(coming.tile)) coming = {coming.tile + 1, 0};
-    staged_unit(), filled = filled + 1 == STAGES ? 0 : filled + 1;
+  Place coming = start;  // whose x is asked for next
+  int asked = 0;
+  auto ask = [&] {
+    if (coming.tile * units + coming.unit >= to) return;
+    const int more = coming.unit - chunks, to_stage = asked % STAGES;
+    const bool base = !LORA || more < 0;
+    const uint4* const from = base ? x + coming.unit * 4 * QUARTER : h + (module_of(coming.tile) * S * parts + more) * QUARTER;
+    uint4* const input = inputs + to_stage * 4 * QUARTER;
+    const int size = (base ? 4 : 1) * QUARTER;
+#if WGMMA
+    if (asked >= STAGES) await(empty + to_stage, asked / STAGES - 1 & 1);
+    copy(input, from, size * 16, full + to_stage);
+#else
+    for (int i = thread; i < size; i += THREADS) stage(input + i, from + i);
+#endif
+    coming = after(coming), asked++;
   };
-  for (int i = 0; i < STAGES - 1; i++) stage_next();
+  stage_next(), stage_next(), staged();
+  fetch_scales(start);
+  fill(table, THREADS);
+#if WGMMA
+  if (thread == 0) {
+    for (int i = 0; i < STAGES; i++) make_barrier(full + i, 1), make_barrier(empty + i, WARPS);
+    made_barriers();
+  }
+#endif
+  early_start();
+  __syncthreads();
+  for (int i = 0; i < LEAD; i++) {
+    if (!WGMMA || thread == 0) ask();
+    staged();
+  }
 
+  auto sharing = [&](int tile, int unit) { return ((tile * units + unit + 1) * programs - 1) / work; };  // which program
+  auto share = [&](int p, int head) { return shares + size_t(2 * p + (p == head)) * FOURS * THREADS + thread; };
+  auto write = [&](int tile, int i, const float4& sum) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const int row = i % WIDE * 8 + 2 * t + k % 2, n = first_of(tile) + i / WIDE * TILE + output + k / 2 * 8;
+      if (row >= M || n >= end_of(tile)) continue;
+      float value = k == 0 ? sum.x : k == 1 ? sum.y : k == 2 ? sum.z : sum.w;
+      if (RESIDUAL) value += wide(__ldcg(residual + size_t(row) * residual_row + n));
+      y[size_t(row) * y_row + n] = narrow(value);
+    }
+  };
+
+  int done = 0;  // units
   for (int tile = start.tile; tile <= final; tile++) {
-    const int begin = max(0, from - tile * units), end = stop(tile);
     float acc[TALL][WIDE][4] = {};
-    u32 left[TALL][2][4];  // of two multiplications
-    auto multiply = [&](const uint4* input, int w) {
+    u32 left[2][TALL][2][4];  // of a quarter's two products, and those of the quarter before
+    auto multiply = [&](int w, int set) {
+#if WGMMA
+      const u32 at = u32(__cvta_generic_to_shared(inputs)) / 16 + (done % STAGES * 4 + w) * QUARTER;
+      begin_products();
+#pragma unroll
+      for (int step = 0; step < 2; step++)
+#pragma unroll
+        for (int i = 0; i < TALL; i++)
+          multiply_async(acc[i], left[set][i][step], at + step * 2 * ROWS | u32(ROWS) << 16 | 8ull << 32);
+      end_products();
+#else
 #pragma unroll
       for (int j = 0; j < WIDE; j++) {
-        const uint4 right = input[8 * j * PIECES + (w ^ g % 2) * 4];
+        const uint4 right = right_of(inputs + (done % STAGES * 4 + w) * QUARTER + lane / 8 * ROWS + 8 * j + lane % 8);
 #pragma unroll
         for (int step = 0; step < 2; step++)
 #pragma unroll
-          for (int i = 0; i < TALL; i++)
-            mma(acc[i][j], left[i][step][0], left[i][step][1], left[i][step][2], left[i][step][3], word(right, 2 * step),
-                word(right, 2 * step + 1));
+          for (int i = 0; i < TALL; i++) {
+            const u32(&a)[4] = left[set][i][step];
+            mma(acc[i][j], a[0], a[1], a[2], a[3], word(right, 2 * step), word(right, 2 * step + 1));
+          }
       }
+#endif
     };
-    for (int turn = begin; turn < end; turn += AHEAD)
+    // x of this unit is there.
+    auto arrived_x = [&] {
+#if WGMMA
+      await(full + done % STAGES, done / STAGES & 1);
+#endif
+    };
+    // This warp has done with all units before this one.
+    auto release = [&] {
+#if WGMMA
+      if (lane == 0 && done) arrive(empty + (done - 1) % STAGES);
+#endif
+    };
+    const int end = min(units, to - tile * units);
+    for (int unit = max(0, from - tile * units); unit < end; unit++) {
+      landed<LEAD - 1>();
+      if (!WGMMA) __syncthreads();
+      if (!WGMMA || thread == 0) ask();
+      __syncwarp();
+      if (done % 2 == 0) stage_next(), stage_next();
+      staged();
+      uint4 four[TALL][2];
+      u32 factors[TALL][2];
 #pragma unroll
-      for (int e = 0; e < AHEAD; e++) {
-        const Place at = {tile, turn + e};
-        if (at.unit >= end) continue;
-        landed<STAGES - 2>(), __syncthreads(), stage_next();
-        const uint4* input = inputs + (taken * ROWS + g) * PIECES + t;
-        taken = taken + 1 == STAGES ? 0 : taken + 1;
-        if (!LORA || at.unit < chunks) {
-          u32 factors[TALL][2];
+      for (int i = 0; i < 2 * TALL; i++)
+        four[i / 2][i % 2] = ring[(done % SLOTS * 2 * TALL + i) * THREADS], factors[i / 2][i % 2] = factor(raw[i / 2][i % 2], module_of(tile));
+      if (tile * units + unit + 1 < to) fetch_scales(after({tile, unit}));
+      if (!LORA || unit < chunks) {
 #pragma unroll
-          for (int i = 0; i < 2 * TALL; i++) factors[i / 2][i % 2] = factor(raw[e][i / 2][i % 2], module_of(tile));
+        for (int w = 0; w < 4; w++) {
 #pragma unroll
-          for (int w = 0; w < 4; w++) {
-#pragma unroll
-            for (int i = 0; i < 8 * TALL; i++) {  // rows i % 2, bytes by two
-              const u32 two = look_up(word(held[e][i / 8][i % 2], w), i / 2 % 4, own);
-              left[i / 8][i / 4 % 2][i % 4] = times(two, factors[i / 8][i % 2]);
-            }
-            if (w == 3) fetch(e);
-            multiply(input, w);
+          for (int i = 0; i < 8 * TALL; i++) {  // rows i % 2, bytes by two
+            const u32 two = look_up(word(four[i / 8][i % 2], w), i / 2 % 4, own);
+            left[w % 2][i / 8][i / 4 % 2][i % 4] = times(two, factors[i / 8][i % 2]);
           }
-        } else {
-          const u32 s = both(narrow(scaled[e]));
-          const int quarters = min(4, (R - (at.unit - chunks) % parts * COLUMNS + 31) / 32);
-          for (int w = 0; w < quarters; w++) {
-#pragma unroll
-            for (int i = 0; i < 8 * TALL; i++)
-              left[i / 8][i / 4 % 2][i % 4] = times(word(held[e][i / 8][i % 2], i / 2 % 4), s);
-            const Source next = source(at, w + 1);
-            if (w + 1 == quarters)
-              fetch(e);
-            else
-#pragma unroll
-              for (int i = 0; i < 2 * TALL; i++)
-                held[e][i / 2][i % 2] = stream(next.first + size_t(row_of(tile, i)) * next.row);
-            multiply(input, w);
-          }
+          if (w == 0) arrived_x();
+          multiply(w, w % 2);
+          finished<1>();
+          if (w == 0) release();
         }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 8 * TALL; i++) left[0][i / 8][i / 4 % 2][i % 4] = word(four[i / 8][i % 2], i / 2 % 4);
+        arrived_x();
+        multiply(0, 0);
+        finished<0>();  // before `four` is written again
+        release();
       }
-
-    const int thread = again(threadIdx.x);
-    float* const at = sums + thread % 4 * 2 * PITCH + thread / 32 * 16 * TALL + thread % 32 / 4;
-#pragma unroll
-    for (int i = 0; i < TALL * WIDE * 4; i++)
-      at[(i / 4 % WIDE * 8 + i % 2) * PITCH + i / 4 / WIDE * 16 + i % 4 / 2 * 8] = acc[i / 4 / WIDE][i / 4 % WIDE][i % 4];
-    __syncthreads();
-    auto sharing = [&](int unit) { return ((tile * units + unit + 1) * programs - 1) / work; };
-    const int head = sharing(0), tail = sharing(units - 1);  // first and last program that has a part of this tile
-    float4* const share = shares + thread;
-    auto sums_of = [&](int row) { return *(const float4*)(sums + row * PITCH + thread % ACROSS * 4); };
-    if (head < tail) {
-      float4* const own = share + size_t(2 * program + (program == head)) * FOURS;
-#pragma unroll
-      for (int i = 0; i < EACH; i++) own[i * THREADS] = sums_of(thread / ACROSS + i * DOWN);
-      __threadfence();
-      __syncthreads();
-      if (thread == 0) *last = atomicAdd(counters + tile, 1) == tail - head;
-      __syncthreads();
-      if (thread == 0 && *last) counters[tile] = 0;
-      __threadfence();
+      done++;
     }
-    if (head == tail || *last)
-#pragma unroll 1
-      for (int done = 0; done < EACH; done += BATCH) {
-        float4 total[BATCH] = {};
-        for (int p = head; p <= tail; p++)
+    finished<0>();
+    const int head = sharing(tile, 0), tail = sharing(tile, units - 1);  // first and last program with a part of the tile
 #pragma unroll
-          for (int i = 0; i < BATCH; i++) {
-            const float4 more = head == tail ? sums_of(thread / ACROSS + (done + i) * DOWN)
-                                             : __ldcg(share + size_t(2 * p + (p == head)) * FOURS + (done + i) * THREADS);
-            total[i].x += more.x, total[i].y += more.y, total[i].z += more.z, total[i].w += more.w;
-          }
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-          const int row = thread / ACROSS + (done + i) * DOWN, n = first_of(tile) + thread % ACROSS * 4;
-          if (row >= M || n >= end_of(tile)) continue;
-          float4 sum = total[i];
-          if (RESIDUAL) {
-            const ushort4 more = __ldcg((const ushort4*)(residual + size_t(row) * residual_row + n));
-            sum.x += wide(more.x), sum.y += wide(more.y), sum.z += wide(more.z), sum.w += wide(more.w);
-          }
-          *(ushort4*)(y + size_t(row) * y_row + n) =
-              make_ushort4(narrow(sum.x), narrow(sum.y), narrow(sum.z), narrow(sum.w));
-        }
-      }
-    __syncthreads();  // `sums` and `last` are free again
+    for (int i = 0; i < FOURS; i++) {
+      const float(&a)[4] = acc[i / WIDE][i % WIDE];
+      const float4 sum = {a[0], a[1], a[2], a[3]};
+      if (head == tail)
+        write(tile, i, sum);
+      else
+        share(program, head)[i * THREADS] = sum;
+    }
   }
+
+  // The low half of a tile's counter says how many programs have written their share, the high half how many have read. A
+  // tile is added up by all that share it but the last, so that nobody has two to wait for.
+  auto written = [&](int tile) {
+    if (sharing(tile, 0) < sharing(tile, units - 1)) atomicAdd(counters + tile, 1);
+  };
+  const int head = sharing(final, 0), tail = sharing(final, units - 1);
+  __syncthreads();
+  if (thread == 0) {
+    __threadfence();
+    written(final);
+    if (start.tile < final) written(start.tile);
+    if (program < tail)
+      while ((arrived(counters + final) & 0xffff) <= tail - head) __nanosleep(20);
+  }
+  if (program == tail) return;
+  __syncthreads();
+  constexpr int AT_ONCE = 4;
+  for (int first = program - head; first < FOURS; first += AT_ONCE * (tail - head)) {
+    float4 sum[AT_ONCE] = {};
+#pragma unroll 4
+    for (int p = head; p <= tail; p++)
+#pragma unroll
+      for (int e = 0; e < AT_ONCE; e++) {
+        const int i = first + e * (tail - head);
+        const float4 more = i < FOURS ? __ldcg(share(p, head) + i * THREADS) : float4{0, 0, 0, 0};
+        sum[e].x += more.x, sum[e].y += more.y, sum[e].z += more.z, sum[e].w += more.w;
+      }
+#pragma unroll
+    for (int e = 0; e < AT_ONCE; e++)
+      if (first + e * (tail - head) < FOURS) write(final, first + e * (tail - head), sum[e]);
+  }
+  __syncthreads();
+  if (thread == 0 && atomicAdd(counters + final, 1 << 16) >> 16 == tail - head - 1) counters[final] = 0;
 }

@@ -77,12 +77,6 @@ __device__ __forceinline__ void reach(int barrier) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
 
-__device__ __forceinline__ int arrived(const int* counter) {
-  int n;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(n) : "l"(counter) : "memory");
-  return n;
-}
-
 // Two neighbouring ranks of a row, zeros beyond R.
 __device__ __forceinline__ u32 ranks(const u16* row, int k, int R) { return k < R ? *(const u32*)(row + k) : 0; }
 

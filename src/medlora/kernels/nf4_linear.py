@@ -40,6 +40,7 @@ from .swiglu import swiglu
 MAX_ROWS = 16
 MAX_MODULES = 3
 TILE = 16  # a module's outputs come in multiples of this
+BATCH_COUNTERS = 64  # tiles of ranks that programs share in nf4_batch
 RANK_STEP = 8  # and ranks of this: rows of b begin where loads of 16 bytes may
 PROGRAMS = 528  # programs that fill a GPU of 132 multiprocessors, four on each
 CHUNK = 4096  # most columns at once in `_prepare_kernel`
@@ -60,11 +61,11 @@ class NF4Weights:
     double: DoubleQuant | None = None
     """Its offset holds one value a module, [G]."""
     counters: Tensor = field(init=False, repr=False)
-    """int32 [2 + N // 16], zero between launches: what nf4_linear.cu's programs wait for each other by, and how many of
-    those that share a tile are through in nf4_batch.cu."""
+    """int32 [2 + N // 16 + 64], zero between launches: what nf4_linear.cu's programs wait for each other by, and how
+    many of those that share a tile are through in nf4_batch.cu and, of h, in nf4_prepare.cu."""
 
     def __post_init__(self) -> None:
-        counters = torch.zeros(2 + self.N // TILE, dtype=torch.int32, device=self.codes.device)
+        counters = torch.zeros(2 + self.N // TILE + BATCH_COUNTERS, dtype=torch.int32, device=self.codes.device)
         object.__setattr__(self, "counters", counters)
 
     @property
