@@ -98,19 +98,37 @@ def test_program_by_program(
     check(M, sizes, D, cut, "cpu", close, **options)
 
 
+def adapted(D: int, N: int) -> Any:
+    """A linear module in NF4 with an adapter of rank 5, as a decoder reads them."""
+    base = bnb.nn.LinearNF4(D, N, bias=False, compute_dtype=torch.bfloat16)
+    base.weight = bnb.nn.Params4bit(torch.randn(N, D) / D**0.5, requires_grad=False, quant_type="nf4", blocksize=64)
+    factors = {"lora_A": torch.randn(5, D) / D**0.5, "lora_B": torch.randn(N, 5) / 5**0.5}
+    parts = {name: {"one": SimpleNamespace(weight=nn.Parameter(part))} for name, part in factors.items()}
+    rest = {"scaling": {"one": 0.5}, "merged": False, "lora_variant": {}, "lora_bias": {}}
+    return SimpleNamespace(base_layer=base.to("cpu"), **parts, **rest)
+
+
+def test_one_scale_for_all_ranks(close: Callable[..., None]) -> None:
+    """A GPU's prompts take it with the products of b, if all rows take the one adapter."""
+    projection = Projection([adapted(128, 64), adapted(128, 64)], ["one"], torch.bfloat16)
+    projection.refresh()
+    x, slots = torch.randn(70, 128).bfloat16(), [0, -1] * 35
+    choices = [Choice(each, torch.tensor(each, dtype=torch.int32)) for each in ([0] * 70, slots, [-1] * 70)]
+    with torch.no_grad():
+        wanted = [projection(x, choice) for choice in choices]
+        assert projection.scale is None
+        projection.scale = 0.5
+        alone, mixed, none = (projection(x, choice) for choice in choices)
+    close(alone, wanted[0])
+    assert torch.equal(mixed, wanted[1]) and torch.equal(none, wanted[2])
+    assert torch.equal(none[1::2], mixed[1::2]) and not torch.equal(none[::2], mixed[::2])
+
+
 @emulated
 def test_a_batch_of_a_decoder_reads_codes(
     compiled: Callable[..., Any], close: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it comes from dequantised weights, without dequantising any; from kept ones where it does not serve."""
-
-    def adapted(D: int, N: int) -> Any:
-        base = bnb.nn.LinearNF4(D, N, bias=False, compute_dtype=torch.bfloat16)
-        base.weight = bnb.nn.Params4bit(torch.randn(N, D) / D**0.5, requires_grad=False, quant_type="nf4", blocksize=64)
-        factors = {"lora_A": torch.randn(5, D) / D**0.5, "lora_B": torch.randn(N, 5) / 5**0.5}
-        parts = {name: {"one": SimpleNamespace(weight=nn.Parameter(part))} for name, part in factors.items()}
-        rest = {"scaling": {"one": 0.5}, "merged": False, "lora_variant": {}, "lora_bias": {}}
-        return SimpleNamespace(base_layer=base.to("cpu"), **parts, **rest)
 
     monkeypatch.setattr(module, "_compiled", compiled)
     monkeypatch.setattr(module, "choose_cut", lambda _: Cut(hopper=True))

@@ -235,6 +235,9 @@ class Projection:
         self.stacked = bases if stacked and self.block is not None else None
         self.half_block: Half | None = None
         """`block` in float16, once `weight` has every a below it."""
+        scalings = set(self.scaling.flatten().tolist()) - {0.0}
+        self.scale = scalings.pop() if S == 1 == len(scalings) and device.type == "cuda" else None
+        """Of all ranks, which a prompt's products with b take along; a CPU's rows must not hang on their company."""
         alike = S == 1 and (device.type == "cuda" or dtype == torch.float32)  # else oneDNN refuses the strides
         self.sizes, self.batched = sizes, _every_nth(found[0], sizes, r) if alike else None
         self.copies: list[tuple[Tensor, Tensor]] = []
@@ -289,15 +292,18 @@ class Projection:
         return gated(y) if self.gated else y
 
     def _add(self, y: Tensor, h_TR: Tensor, choice: Choice) -> None:
-        h_TR *= choice.rows_of(self.factors)
+        scale = self.scale if choice.same == 0 else None
+        if scale is None:
+            h_TR *= choice.rows_of(self.factors)
+            scale = 1.0
         if self.block is not None:
             y.addmm_(h_TR, self.block)
             return
         if self.batched:
-            add_alike(y, h_TR, self.b[0], len(self.sizes), self.batched)
+            add_alike(y, h_TR, self.b[0], len(self.sizes), self.batched, scale)
             return
         for columns, ranks, b in self.parts:
-            y[:, columns].addmm_(h_TR[:, ranks], b.t())
+            y[:, columns].addmm_(h_TR[:, ranks], b.t(), alpha=scale)
 
     def keep(self) -> None:
         """Dequantise NF4 weights for good."""
@@ -334,10 +340,10 @@ def _every_nth(loras: "Sequence[_Lora | None]", sizes: Sequence[int], R: int) ->
     return slice(even.start, even.stop, even.step) if list(even) == which else None
 
 
-def add_alike(y: Tensor, h: Tensor, b: Tensor, modules: int, which: slice = slice(None)) -> None:
-    """y [T, G N] += h [T, G R] b' of b [G N, R], module by module of one size, as one product."""
+def add_alike(y: Tensor, h: Tensor, b: Tensor, modules: int, which: slice = slice(None), scale: float = 1.0) -> None:
+    """y [T, G N] += scale h [T, G R] b' of b [G N, R], module by module of one size, as one product."""
     y_GTN, h_GTR = (t.unflatten(1, (modules, -1)).transpose(0, 1)[which] for t in (y, h))
-    y_GTN.baddbmm_(h_GTR, b.unflatten(0, (modules, -1))[which].transpose(1, 2))
+    y_GTN.baddbmm_(h_GTR, b.unflatten(0, (modules, -1))[which].transpose(1, 2), alpha=scale)
 
 
 def gated(x: Tensor) -> Tensor:

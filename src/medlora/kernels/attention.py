@@ -77,11 +77,7 @@ class _FlashAttention(Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
-        q, k, v = _heads(qkv, heads)
-        rope_(q, k, row.cos, row.sin)
-        out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, row.starts, row.starts, row.longest, row.longest, 0.0, True, False, scale=scale
-        )
+        out, lse, rng, unused, _ = _flash(qkv, row, heads, scale)
         ctx.save_for_backward(qkv, out, lse, rng, unused)
         ctx.row, ctx.heads, ctx.scale = row, heads, scale
         y: Tensor = out.view(len(qkv), -1)
@@ -100,6 +96,16 @@ class _FlashAttention(Function):
         rope_back(dq, dk, to_q, to_k, row.cos, row.sin)
         to_v.copy_(dv)
         return d_qkv, None, None, None
+
+
+def _flash(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> tuple[Tensor, ...]:
+    """What aten's flash attention gives, its output [T, H, C] first."""
+    q, k, v = _heads(qkv, heads)
+    rope_(q, k, row.cos, row.sin)
+    found: tuple[Tensor, ...] = torch.ops.aten._flash_attention_forward(
+        q, k, v, row.starts, row.starts, row.longest, row.longest, 0.0, True, False, scale=scale
+    )
+    return found
 
 
 @contextmanager
@@ -176,8 +182,10 @@ def attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: f
     if flash_takes(qkv, heads[2]):
         if _is_dense(qkv, row):
             return _dense_attention(qkv, row, heads, scale)
-        out: Tensor = _FlashAttention.apply(qkv, row, heads, scale)
-        return out
+        if torch.is_grad_enabled() and qkv.requires_grad:
+            out: Tensor = _FlashAttention.apply(qkv, row, heads, scale)
+            return out
+        return _flash(qkv, row, heads, scale)[0].view(len(qkv), -1)  # without autograd's bookkeeping on the host
     q, k, v = _heads(qkv, heads)
     q, k, v = (t.transpose(0, 1)[None] for t in (*rope(q, k, row.cos, row.sin), v))
     return by_document(q, k, v, row.borders, scale)[0].transpose(0, 1).reshape(len(qkv), -1)

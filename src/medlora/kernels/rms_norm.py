@@ -156,6 +156,10 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     """
     if not use_triton(x):
         return reference.rms_norm(x, weight, eps, residual)
-    flat, other = (t if t is None else t.reshape(-1, x.shape[-1]).contiguous() for t in (x, residual))
-    y, h = _RMSNorm.apply(flat, other, weight, eps)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    other = None if residual is None else residual.reshape(flat.shape).contiguous()
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (flat, other, weight)):
+        y, h = _RMSNorm.apply(flat, other, weight, eps)
+    else:  # autograd's bookkeeping would cost the host more than the launch
+        y, h, _ = _forward(flat, other, weight, eps)
     return y.view(x.shape), h.view(x.shape)
