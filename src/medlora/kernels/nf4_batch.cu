@@ -159,9 +159,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nf4_batch(
   extern __shared__ uint4 room[];
   u32* const table = (u32*)room;             // [256][32]
   uint4* const inputs = room + ENTRIES / 4;  // [STAGES][4][QUARTER]
-  uint4* const ring = inputs + STAGES * 4 * QUARTER + threadIdx.x;  // [SLOTS][TALL][2][THREADS]
-  u64 *const full = (u64*)(inputs + STAGES * 4 * QUARTER + SLOTS * 2 * TALL * THREADS), *const empty = full + STAGES;  // [STAGES]
   const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, t = lane % 4;
+  uint4* const ring = inputs + STAGES * 4 * QUARTER;  // [SLOTS][TALL][2][THREADS]
+  u64 *const full = (u64*)(ring + SLOTS * 2 * TALL * THREADS), *const empty = full + STAGES;  // [STAGES]
   const u32 own = u32(__cvta_generic_to_shared(table)) + 4 * lane;  // the lane's bank
   const int output = thread / 32 * 16 + g;                         // and the one 8 further, of each tile
 
@@ -187,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nf4_batch(
   int slot = 0;
   auto stage_next = [&] {
     if (place.tile * units + place.unit >= to) return;
-    uint4* const to_slot = ring + slot * 2 * TALL * THREADS;
+    uint4* const to_slot = ring + slot * 2 * TALL * THREADS + thread;
     if (LORA && place.unit >= chunks) {
       const int s = (place.unit - chunks) / parts, rank = (place.unit - chunks - s * parts) * RANKS + 8 * t;
 #pragma unroll
@@ -233,7 +233,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nf4_batch(
     if (coming.tile * units + coming.unit >= to) return;
     const int more = coming.unit - chunks, to_stage = asked % STAGES;
     const bool base = !LORA || more < 0;
-    const uint4* const from = base ? x + coming.unit * 4 * QUARTER : h + (module_of(coming.tile) * S * parts + more) * QUARTER;
+    const uint4* const from =
+        base ? x + coming.unit * 4 * QUARTER : h + (module_of(coming.tile) * S * parts + more) * QUARTER;
     uint4* const input = inputs + to_stage * 4 * QUARTER;
     const int size = (base ? 4 : 1) * QUARTER;
 #if WGMMA
@@ -324,8 +325,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nf4_batch(
       uint4 four[TALL][2];
       u32 factors[TALL][2];
 #pragma unroll
-      for (int i = 0; i < 2 * TALL; i++)
-        four[i / 2][i % 2] = ring[(done % SLOTS * 2 * TALL + i) * THREADS], factors[i / 2][i % 2] = factor(raw[i / 2][i % 2], module_of(tile));
+      for (int i = 0; i < 2 * TALL; i++) {
+        four[i / 2][i % 2] = ring[(done % SLOTS * 2 * TALL + i) * THREADS + thread];
+        factors[i / 2][i % 2] = factor(raw[i / 2][i % 2], module_of(tile));
+      }
       if (tile * units + unit + 1 < to) fetch_scales(after({tile, unit}));
       if (!LORA || unit < chunks) {
 #pragma unroll
