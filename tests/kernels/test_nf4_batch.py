@@ -98,6 +98,21 @@ def test_program_by_program(
     check(M, sizes, D, cut, "cpu", close, **options)
 
 
+def test_refuses_what_does_not_fit() -> None:
+    weights, _ = quantised((64,), 128, "cpu")
+    x = torch.randn(2, 128).bfloat16()
+    for arguments, options, message in (
+        ((torch.randn(65, 128).bfloat16(), weights), {}, "1 to 64 rows of 128"),
+        ((x.float(), weights), {}, "in bfloat16"),
+        ((torch.randn(128, 2).bfloat16().T, weights), {}, "dense"),
+        ((x, weights), {"norm": (torch.ones(128), 1e-5)}, "a norm's weight"),
+        ((x, weights), {"residual": torch.ones(2, 32).bfloat16()}, "out and residual"),
+        ((x, weights, adapters((64,), 128, [0], torch.bfloat16, "cpu")[0]), {}, "do not fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nf4_batch(*arguments, **options)
+
+
 def adapted(D: int, N: int) -> Any:
     """A linear module in NF4 with an adapter of rank 5, as a decoder reads them."""
     base = bnb.nn.LinearNF4(D, N, bias=False, compute_dtype=torch.bfloat16)

@@ -28,7 +28,7 @@ MAX_ROWS = 64
 COLUMNS = 128  # of a unit of work
 RANKS = 32  # of a unit of an adapter
 STAGES, SLOTS = 4, 4  # units of x and of codes in shared memory
-PREPARE_WARPS = 8  # in nf4_prepare.cu, as the two below
+PREPARE_WARPS = 8  # in nf4_prepare.cu, as the three below
 RANK_TILE = 16  # of a program
 MOST_SHARES = 16  # that the columns of one tile of ranks are cut into
 PREPARE_PROGRAMS = 200  # for ranks: two on a multiprocessor, beside those for rows
@@ -61,14 +61,18 @@ def choose_cut(device: torch.device) -> Cut:
 
 @cache
 def serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether nf4_batch.cu runs there: from compute capability 8.0 on, with room for 64 rows, if it can be compiled."""
+    """Whether the kernels run there: from compute capability 8.0 on, with room for 64 rows, if they can be compiled."""
     if device.type != "cuda" or torch.version.hip is not None or dtype != torch.bfloat16:
         return False
     found, cut = torch.cuda.get_device_properties(device), choose_cut(device)
     room = getattr(found, "shared_memory_per_block_optin", 0)  # torch's types leave it out
     if found.major < 8 or room < cut.shared(MAX_ROWS):
         return False
-    return _kernel(device.index, cut, MAX_ROWS, torch.bfloat16, lora=False, residual=False) is not None
+    both = (
+        _kernel(device.index, cut, MAX_ROWS, torch.bfloat16, lora=False, residual=False),
+        _preparing(device.index, MAX_ROWS, norm=False, lora=False),
+    )
+    return all(kernel is not None for kernel in both)
 
 
 def nf4_batch(
@@ -98,7 +102,7 @@ def nf4_batch(
     M, N, D, sizes, absmax = len(x), weights.N, weights.D, weights.sizes, weights.absmax
     y = x.new_empty(M, N) if out is None else out
     added = y if residual is None else residual
-    _check(x, weights, lora, added, y)
+    _check(x, weights, lora, norm, added, y)
     rows, cut = max(next_power_of_2(M), 16), cut or choose_cut(x.device)
     kernel = _kernel(x.device.index, cut, rows, absmax.dtype, lora=lora is not None, residual=residual is not None)
     assert kernel is not None
@@ -120,12 +124,9 @@ def _prepare(
 ) -> tuple[Tensor, Tensor]:
     """f(x) [D / 128, 16, rows, 8] and h [G, S, R / 32, 4, rows, 8] as nf4_prepare.cu leaves them, both rounded up."""
     (M, D), G = x.shape, len(weights.sizes)
-    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+    if x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    kernel = _compiled(
-        "nf4_prepare", x.device.index, PREPARE_WARPS, PREPARE_WARPS * (RANK_TILE + 1) * (rows + 4) * 4,
-        WIDE=rows // 8, NORM=int(norm is not None), LORA=int(lora is not None),
-    )  # fmt: skip
+    kernel = _preparing(x.device.index, rows, norm=norm is not None, lora=lora is not None)
     assert kernel is not None
     image = h = shares = x.new_empty(ceil_div(D, COLUMNS), 16, rows, 8)
     a, scaling, slots, S, R, tiles, split = x, x, weights.counters, 0, 8, 0, 1
@@ -138,6 +139,8 @@ def _prepare(
         h = x.new_empty(G, S, parts, 4, rows, 8)
         shares = torch.empty(tiles * split * (RANK_TILE + 1) * rows, dtype=torch.float32, device=x.device)
     weight, eps = norm or (x, 0.0)
+    if weight.data_ptr() % 16:
+        weight = weight.clone()
     kernel(
         rows + tiles * split, x, weight, image, a, scaling, slots, h, shares, weights.counters[-BATCH_COUNTERS:],
         x.stride(0), M, D, S, R, G, split, float(eps),
@@ -152,20 +155,33 @@ def _kernel(device: int, cut: Cut, rows: int, stored: torch.dtype, *, lora: bool
     )  # fmt: skip
 
 
+def _preparing(device: int, rows: int, *, norm: bool, lora: bool) -> CudaKernel | None:
+    shared = PREPARE_WARPS * (RANK_TILE + 1) * (rows + 4) * 4
+    return _compiled("nf4_prepare", device, PREPARE_WARPS, shared, WIDE=rows // 8, NORM=int(norm), LORA=int(lora))
+
+
 @cache
 def _compiled(name: str, device: int, warps: int, shared: int, **defined: int) -> CudaKernel | None:
     return cuda_kernel(f"{name}.cu", name, device, {**defined, "TABLE": TABLE}, 32 * warps, shared)
 
 
-def _check(x: Tensor, weights: NF4Weights, lora: LoraTerms | None, residual: Tensor, out: Tensor) -> None:
+def _check(
+    x: Tensor,
+    weights: NF4Weights,
+    lora: LoraTerms | None,
+    norm: tuple[Tensor, float] | None,
+    residual: Tensor,
+    out: Tensor,
+) -> None:
     M, N, D = len(x), weights.N, weights.D
     if not 1 <= M <= MAX_ROWS or x.shape[1:] != (D,) or x.dtype != torch.bfloat16:
         raise ValueError(f"x {tuple(x.shape)} in {x.dtype}: expected 1 to {MAX_ROWS} rows of {D} in bfloat16")
     if x.stride(1) != 1:
         raise ValueError("the rows of x must be dense")
+    if norm is not None and (norm[0].shape != (D,) or norm[0].dtype != x.dtype or norm[0].stride(0) != 1):
+        raise ValueError(f"a norm's weight of {tuple(norm[0].shape)} in {norm[0].dtype}: expected {D} in {x.dtype}")
     for tensor in (residual, out):
-        dense = tensor.stride(1) == 1 and tensor.stride(0) % 4 == 0 and tensor.data_ptr() % 8 == 0
-        if tensor.shape != (M, N) or tensor.dtype != x.dtype or not dense:
-            raise ValueError(f"out and residual must be {(M, N)} in {x.dtype} with dense rows, 8 bytes aligned")
+        if tensor.shape != (M, N) or tensor.dtype != x.dtype or tensor.stride(1) != 1:
+            raise ValueError(f"out and residual must be {(M, N)} in {x.dtype} with dense rows")
     if lora is not None:
         check_adapters(x, weights, lora)
