@@ -168,21 +168,22 @@ template <size_t EIGHTS> void multiply_async(float (&d)[EIGHTS][4], const unsign
   });
 }
 
-// All programs at once, or as many as `together`, one such group after the other.
+// All programs at once, or as many as `together`, whose threads go on with the others.
 template <class Kernel, class... Arguments>
 void launch(int programs, int together, int threads, Kernel kernel, Arguments... arguments) {
-  for (int first = 0; first < programs; first += together) {
-    const int count = min(together, programs - first);
-    std::vector<std::unique_ptr<Program>> all;
-    std::vector<std::thread> running;
-    for (int p = 0; p < count; p++) all.push_back(std::make_unique<Program>(threads));
-    for (int p = 0; p < count; p++)
-      for (int i = 0; i < threads; i++)
-        running.emplace_back([=, &all] {
-          program = all[p].get(), own_warp = &program->warps[i / 32];
-          threadIdx.x = i, blockIdx.x = first + p, gridDim.x = programs;
+  std::vector<std::unique_ptr<Program>> all;
+  std::vector<std::thread> running;
+  together = min(together, programs);
+  for (int p = 0; p < together; p++) all.push_back(std::make_unique<Program>(threads));
+  for (int p = 0; p < together; p++)
+    for (int i = 0; i < threads; i++)
+      running.emplace_back([=, &all] {
+        program = all[p].get(), own_warp = &program->warps[i / 32];
+        for (int next = p; next < programs; next += together) {
+          threadIdx.x = i, blockIdx.x = next, gridDim.x = programs;
           kernel(arguments...);
-        });
-    for (std::thread& each : running) each.join();
-  }
+          meet(0);
+        }
+      });
+  for (std::thread& each : running) each.join();
 }
