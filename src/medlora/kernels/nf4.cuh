@@ -1,4 +1,5 @@
-// What nf4_linear.cu, nf4_batch.cu and nf4_prepare.cu share: bfloat16 by its bits, codes by way of a table, the tensor cores' product.
+// What nf4_linear.cu, nf4_batch.cu and nf4_prepare.cu share: bfloat16 by its bits, a norm, codes by way of a table, the
+// tensor cores' product.
 //
 // Two weights come as one register from a table in shared memory, by their byte. Every lane has a copy of it in its own
 // bank, so that 32 lanes look up 32 different bytes at once: two instructions and one look-up for two weights, where
@@ -39,6 +40,28 @@ __device__ __forceinline__ float half(u16 x) {
 }
 
 __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+__device__ __forceinline__ float low(u32 two) { return __uint_as_float(two << 16); }
+__device__ __forceinline__ float high(u32 two) { return __uint_as_float(two & 0xffff0000); }
+
+__device__ __forceinline__ float dot(const uint4& p, const uint4& q) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < 4; i++) sum += low(word(p, i)) * low(word(q, i)) + high(word(p, i)) * high(word(q, i));
+  return sum;
+}
+
+// Two values over their root mean square, rounded, times the norm's weights.
+__device__ __forceinline__ u32 normed(u32 two, u32 weights, float inverse) {
+  const u16 first = narrow(wide(narrow(low(two) * inverse)) * low(weights));
+  return first | u32(narrow(wide(narrow(high(two) * inverse)) * high(weights))) << 16;
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
+  return value;
+}
 
 __device__ __forceinline__ uint4 stream(const u8* at) {
   uint4 v;

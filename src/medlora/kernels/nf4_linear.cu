@@ -28,9 +28,6 @@ constexpr int THREADS = 32 * (WARPS + 1), ROWS = 4 * TILES, OUTPUTS = ROWS * 16 
 constexpr int STEPS = 4, AT_ONCE = 8;  // of 16 ranks, and of 32, whose loads are under way together
 constexpr int QUARTERS = TILES == 2 ? 2 : 4;  // of a lane's columns that it loads x of at once: registers
 
-__device__ __forceinline__ float low(u32 two) { return __uint_as_float(two << 16); }
-__device__ __forceinline__ float high(u32 two) { return __uint_as_float(two & 0xffff0000); }
-
 // Two neighbours' absmax; 16 bits stay as they came until they are used, so that nothing waits for the load.
 struct Scales {
 #if SCALES == 1 || SCALES == 2
@@ -48,25 +45,6 @@ struct Scales {
 #endif
   }
 };
-
-__device__ __forceinline__ float dot(const uint4& p, const uint4& q) {
-  float sum = 0.f;
-#pragma unroll
-  for (int i = 0; i < 4; i++) sum += low(word(p, i)) * low(word(q, i)) + high(word(p, i)) * high(word(q, i));
-  return sum;
-}
-
-// Two values over their root mean square, rounded, times the norm's weights.
-__device__ __forceinline__ u32 normed(u32 two, u32 weights, float inverse) {
-  const u16 first = narrow(wide(narrow(low(two) * inverse)) * low(weights));
-  return first | u32(narrow(wide(narrow(high(two) * inverse)) * high(weights))) << 16;
-}
-
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int lanes = 16; lanes; lanes /= 2) value += __shfl_xor_sync(~0u, value, lanes);
-  return value;
-}
 
 // Barriers of all threads but number 0: `reach` does not wait for the others.
 __device__ __forceinline__ void meet(int barrier) {

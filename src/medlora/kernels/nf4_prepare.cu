@@ -23,18 +23,6 @@ __device__ __forceinline__ float4 sum(const float4& a, const float4& b) {
   return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
 
-__device__ __forceinline__ float square(u32 two) {
-  const float a = wide(u16(two)), b = wide(u16(two >> 16));
-  return a * a + b * b;
-}
-
-__device__ __forceinline__ float squares(const uint4& v) { return square(v.x) + square(v.y) + square(v.z) + square(v.w); }
-
-// Two values by the row's factor, rounded, and then by the norm's weights.
-__device__ __forceinline__ u32 normed(u32 two, float factor, u32 weights) {
-  return times(narrow(wide(u16(two)) * factor) | u32(narrow(wide(u16(two >> 16)) * factor)) << 16, weights);
-}
-
 // x [M, D], norm [D], image [chunks, 4, 4, ROWS] of 8 columns, a [S, G R, D], scaling [S, G], slots [M], h [G, S, parts, 4,
 // ROWS] of 8 ranks, shares [tiles, split, LINES, ROWS], counters [tiles].
 extern "C" __global__ void __launch_bounds__(THREADS, 2) nf4_prepare(
@@ -51,8 +39,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) nf4_prepare(
     float factor = 1;
     if (NORM) {
       float part = 0;
-      for (int i = thread * 8; i < D; i += THREADS * 8) part += squares(__ldcg((const uint4*)(source + i)));
-      for (int i = 16; i; i /= 2) part += __shfl_xor_sync(~0u, part, i);
+      for (int i = thread * 8; i < D; i += THREADS * 8) {
+        const uint4 v = __ldcg((const uint4*)(source + i));
+        part += dot(v, v);
+      }
+      part = warp_sum(part);
       if (lane == 0) sums[warp] = part;
       __syncthreads();
       part = 0;
@@ -68,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) nf4_prepare(
         uint4 v = inside ? __ldcg((const uint4*)(source + column)) : uint4{0, 0, 0, 0};
         if (NORM && inside) {
           const uint4 w = *(const uint4*)(norm + column);
-          v = {normed(v.x, factor, w.x), normed(v.y, factor, w.y), normed(v.z, factor, w.z), normed(v.w, factor, w.w)};
+          v = {normed(v.x, w.x, factor), normed(v.y, w.y, factor), normed(v.z, w.z, factor), normed(v.w, w.w, factor)};
         }
         moved[k] = v;
       }
@@ -100,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) nf4_prepare(
 #pragma unroll
     for (int j = 0; j < WIDE; j++) {
       if (NORM) {
-        square_of[j] += squares(right[j]);
+        square_of[j] += dot(right[j], right[j]);
         right[j] = {times(right[j].x, weights.x), times(right[j].y, weights.y), times(right[j].z, weights.z),
             times(right[j].w, weights.w)};
       }
