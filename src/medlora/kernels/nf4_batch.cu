@@ -48,18 +48,20 @@ struct Scale {
 #endif
 };
 
+__device__ __forceinline__ u32 shared(const void* at) { return u32(__cvta_generic_to_shared(at)); }
+
 // Pieces of eight rows each, as the right operand of two products: lane l names row l % 8 of piece l / 8.
 __device__ __forceinline__ uint4 right_of(const uint4* at) {
   uint4 v;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "r"(u32(__cvta_generic_to_shared(at))));
+      : "r"(shared(at)));
   return v;
 }
 
 // 16 bytes on their way to shared memory.
 __device__ __forceinline__ void stage(uint4* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared(to)), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void staged() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -71,8 +73,6 @@ __device__ __forceinline__ void landed() {
 }
 
 #if WGMMA
-__device__ __forceinline__ u32 shared(const void* at) { return u32(__cvta_generic_to_shared(at)); }
-
 // A barrier whose phase ends when as many have arrived, and copies that it counts have landed.
 __device__ __forceinline__ void make_barrier(u64* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared(barrier)), "r"(arrivals) : "memory");
@@ -121,7 +121,7 @@ __device__ __forceinline__ void finished() {
 #define EIGHT(a, b, c, d, e, f, g, h) "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
 
 // d += a x, of 16 columns; x is described by where it begins, how far apart its halves and its groups of eight rows are.
-__device__ __forceinline__ void multiply_async(float (&d)[WIDE][4], const u32 (&a)[4], unsigned long long x) {
+__device__ __forceinline__ void multiply_async(float (&d)[WIDE][4], const u32 (&a)[4], u64 x) {
 #if WIDE == 8
   asm volatile(PRODUCT(64, EIGHT(0, 1, 2, 3, 4, 5, 6, 7) ", " EIGHT(8, 9, 10, 11, 12, 13, 14, 15) ", "
           EIGHT(16, 17, 18, 19, 20, 21, 22, 23) ", " EIGHT(24, 25, 26, 27, 28, 29, 30, 31), "%32, %33, %34, %35", "%36")
@@ -162,8 +162,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nf4_batch(
   const int thread = threadIdx.x, lane = thread % 32, g = lane / 4, t = lane % 4;
   uint4* const ring = inputs + STAGES * 4 * QUARTER;  // [SLOTS][TALL][2][THREADS]
   u64 *const full = (u64*)(ring + SLOTS * 2 * TALL * THREADS), *const empty = full + STAGES;  // [STAGES]
-  const u32 own = u32(__cvta_generic_to_shared(table)) + 4 * lane;  // the lane's bank
-  const int output = thread / 32 * 16 + g;                         // and the one 8 further, of each tile
+  const u32 own = shared(table) + 4 * lane;  // the lane's bank
+  const int output = thread / 32 * 16 + g;  // and the one 8 further, of each tile
 
   const int blocks = D / 64, chunks = (D + COLUMNS - 1) / COLUMNS, parts = LORA ? (R + RANKS - 1) / RANKS : 1;
   const int units = chunks + LORA * S * parts;  // of TALL tiles
@@ -280,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) nf4_batch(
     u32 left[2][TALL][2][4];  // of a quarter's two products, and those of the quarter before
     auto multiply = [&](int w, int set) {
 #if WGMMA
-      const u32 at = u32(__cvta_generic_to_shared(inputs)) / 16 + (done % STAGES * 4 + w) * QUARTER;
+      const u32 at = shared(inputs) / 16 + (done % STAGES * 4 + w) * QUARTER;
       begin_products();
 #pragma unroll
       for (int step = 0; step < 2; step++)
