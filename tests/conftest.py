@@ -1,7 +1,8 @@
 """Toy models in the formats that users have: a LLaMA-2-style folder with a SentencePiece tokenizer and shards."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial, partialmethod
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,7 @@ from medlora.privacy import quiet
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 quiet()
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -19,7 +21,8 @@ KERNELS = (
     "nf4", "rms_norm", "rope", "swiglu", "dropout", "embedding", "cross_entropy", "fp8", "nf4_linear",
     "decode_attention",
 )  # fmt: skip
-if not torch.cuda.is_available() and find_spec("triton"):
+INTERPRETED = not torch.cuda.is_available() and find_spec("triton") is not None
+if INTERPRETED:
     # Triton decides when a kernel is decorated, so the kernels are loaded under the variable before any test module
     # is; taken away again, it does not send the rest of the suite through the interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -36,6 +39,56 @@ TEXTS = [
     "The spleen filters the blood and stores platelets and white blood cells.",
 ]
 MEDQUAD = Path(__file__).resolve().parents[2] / "shared" / "data" / "medquad"
+
+
+def convert(values: np.ndarray, source: object, target: object, _mode: object) -> np.ndarray:
+    """Float conversion rounding to nearest even, as hardware does; the interpreter's truncates bf16."""
+    import triton.language as tl
+
+    kinds = {
+        tl.float32: (torch.float32, np.int32),
+        tl.float16: (torch.float16, np.int16),
+        tl.bfloat16: (torch.bfloat16, np.int16),
+        tl.float8e4nv: (torch.float8_e4m3fn, np.int8),
+    }
+    (from_torch, from_bits), (to_torch, to_bits) = kinds[source], kinds[target]
+    bits = torch.from_numpy(np.frombuffer(values.tobytes(), dtype=from_bits).copy())
+    result = bits.view(from_torch).to(to_torch).view(getattr(torch, np.dtype(to_bits).name))
+    return result.numpy().view(f"u{np.dtype(to_bits).name}").reshape(values.shape)
+
+
+def patch_tensor(tensor: type, scope: Any, original: Callable[[type, Any], None]) -> None:
+    """The interpreter's patching, with a loop bound that numpy 2.4 takes too: it has shape (1,), not ()."""
+    original(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+def dot(builder: Any, a: Any, b: Any, total: Any, *rest: Any, original: Callable[..., Any]) -> Any:
+    """The interpreter's product, with bf16 operands widened first: it would multiply their bits."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    wide = [
+        TensorHandle(convert(t.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+        if t.dtype.scalar == tl.bfloat16
+        else t
+        for t in (a, b)
+    ]
+    return original(builder, *wide, total, *rest)
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Send CPU tensors through the interpreter for the length of a test, where there is no CUDA device."""
+    if INTERPRETED:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        module = import_module("triton.runtime.interpreter")
+        monkeypatch.setattr(module, "_convert_float", convert)
+        builder = module.InterpreterBuilder
+        monkeypatch.setattr(builder, "create_dot", partialmethod(dot, original=builder.create_dot))
+        patched = partial(patch_tensor, original=module._patch_lang_tensor)
+        monkeypatch.setattr(module, "_patch_lang_tensor", patched)
+    yield
 
 
 @pytest.fixture(scope="session")

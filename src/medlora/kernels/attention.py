@@ -92,9 +92,7 @@ class _FlashAttention(Function):
                 rng, unused, scale=ctx.scale,
             )  # fmt: skip
         d_qkv = qkv.detach()  # nobody reads q, k and v again: their gradients take their place
-        to_q, to_k, to_v = _heads(d_qkv, ctx.heads)
-        rope_back(dq, dk, to_q, to_k, row.cos, row.sin)
-        to_v.copy_(dv)
+        rope_back((dq, dk, dv), _heads(d_qkv, ctx.heads), row.cos, row.sin)
         return d_qkv, None, None, None
 
 
@@ -124,21 +122,19 @@ def _in_one_order() -> Iterator[None]:
 
 
 class _Rotation(Function):
-    """q, k and v as views of `qkv`, which is overwritten by its rotation; their gradients go into one buffer."""
+    """q, k and v as views of `qkv`, which is overwritten by its rotation and then by their gradients."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, row: Documents, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.row, ctx.heads = row, heads
+        ctx.row, ctx.heads, ctx.qkv = row, heads, qkv.detach()
         q, k, v = _heads(qkv, heads)
         rope_(q, k, row.cos, row.sin)
         return q, k, v
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None]:
-        d_qkv = dq.new_empty(len(dq), sum(t.shape[1] for t in (dq, dk, dv)) * dq.shape[2])
-        to_q, to_k, to_v = _heads(d_qkv, ctx.heads)
-        rope_back(dq, dk, to_q, to_k, ctx.row.cos, ctx.row.sin)
-        to_v.copy_(dv)
+        d_qkv, ctx.qkv = ctx.qkv, None  # whose readers are done; the loss, which lives on, would hold it
+        rope_back((dq, dk, dv), _heads(d_qkv, ctx.heads), ctx.row.cos, ctx.row.sin)
         return d_qkv, None, None
 
 

@@ -35,6 +35,8 @@ def _forward_kernel(
     y: tl.tensor,
     h: tl.tensor,
     rms: tl.tensor,
+    x_row: int,
+    y_row: int,
     D: int,
     eps: float,
     ADD: tl.constexpr,
@@ -44,7 +46,7 @@ def _forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < D
-    value = tl.load(x + row * D + col, inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row * x_row + col, inside, other=0.0).to(tl.float32)
     if ADD:
         value += tl.load(residual + row * D + col, inside, other=0.0).to(tl.float32)
         total = value.to(h.dtype.element_ty)
@@ -53,7 +55,7 @@ def _forward_kernel(
     r = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
     normed = (value * r).to(y.dtype.element_ty).to(tl.float32)
     w = tl.load(weight + col, inside, other=0.0).to(tl.float32)
-    tl.store(y + row * D + col, (normed * w).to(y.dtype.element_ty), inside)
+    tl.store(y + row * y_row + col, (normed * w).to(y.dtype.element_ty), inside)
     tl.store(rms + row, r)
 
 
@@ -66,6 +68,8 @@ def _backward_kernel(
     rms: tl.tensor,
     dx: tl.tensor,
     dw: tl.tensor,
+    dh_row: int,
+    dx_row: int,
     T: int,
     D: int,
     RESIDUAL: tl.constexpr,
@@ -87,31 +91,36 @@ def _backward_kernel(
         g *= w
         grad = r * (g - normed * (tl.sum(g * normed, 0) / D))
         if RESIDUAL:
-            grad += tl.load(dh + row * D + col, inside, other=0.0).to(tl.float32)
-        tl.store(dx + row * D + col, grad.to(dx.dtype.element_ty), inside)
+            grad += tl.load(dh + row * dh_row + col, inside, other=0.0).to(tl.float32)
+        tl.store(dx + row * dx_row + col, grad.to(dx.dtype.element_ty), inside)
     if WEIGHT:
         tl.store(dw + first * D + col, share, inside)
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, room: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, D] -> y, h, r; h is x where nothing is added."""
     T, D = x.shape
-    y, r = torch.empty_like(x), torch.empty(T, dtype=torch.float32, device=x.device)
-    add, h = (x, x) if residual is None else (residual, torch.empty_like(x))
-    _forward_kernel[(T,)](x, add, weight, y, h, r, D, eps, ADD=residual is not None, **row_launch(D))
+    y = x.new_empty(T, D + room)[:, :D]
+    r = torch.empty(T, dtype=torch.float32, device=x.device)
+    add, h = (x, x) if residual is None else (residual, x.new_empty(T, D))
+    rows = x.stride(0), y.stride(0)
+    _forward_kernel[(T,)](x, add, weight, y, h, r, *rows, D, eps, ADD=residual is not None, **row_launch(D))
     return y, h, r
 
 
 def _backward(
-    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, r: Tensor, weight_grad: bool
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight: Tensor, r: Tensor, weight_grad: bool, width: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of h [T, D] and, if asked for, of the weight [D]."""
+    """Gradients of h [T, D], its rows `width` apart, and, if asked for, of the weight [D]."""
     T, D = h.shape
     programs = min(T, WEIGHT_PROGRAMS) if weight_grad else T
-    dx = torch.empty_like(h)
+    dx = h.new_empty(T, width)[:, :D]
     dw = torch.empty(programs, D, dtype=torch.float32, device=h.device) if weight_grad else None
+    more = dy if dh is None else dh
     _backward_kernel[(programs,)](
-        dy, dy if dh is None else dh, h, weight, r, dx, r if dw is None else dw, T, D,
+        dy, more, h, weight, r, dx, r if dw is None else dw, more.stride(0), width, T, D,
         RESIDUAL=dh is not None, WEIGHT=weight_grad, **row_launch(D),
     )  # fmt: skip
     return dx, None if dw is None else dw.sum(0).to(weight.dtype)
@@ -119,9 +128,12 @@ def _backward(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        y, h, r = _forward(x, residual, weight, eps)
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, room: int
+    ) -> tuple[Tensor, Tensor]:
+        y, h, r = _forward(x, residual, weight, eps, room)
         ctx.save_for_backward(h, weight, r)
+        ctx.width = x.stride(0)
         ctx.set_materialize_grads(False)
         return y, h
 
@@ -129,10 +141,15 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         h, weight, r = ctx.saved_tensors
         if dy is None:  # the norm was not used, only the sum
-            return dh, dh, None, None
-        dh = None if dh is None else dh.contiguous()
-        dx, dw = _backward(dy.contiguous(), dh, h, weight, r, ctx.needs_input_grad[2])
-        return dx, dx if ctx.needs_input_grad[1] else None, dw, None
+            return dh, dh, None, None, None
+        dh = None if dh is None else _dense_rows(dh)
+        dx, dw = _backward(dy.contiguous(), dh, h, weight, r, ctx.needs_input_grad[2], ctx.width)
+        return dx, dx if ctx.needs_input_grad[1] else None, dw, None, None
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """x [T, D] itself if its rows are dense, however far they are apart."""
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -148,18 +165,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return add_rms_norm(x, None, weight, eps)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, room: int = 0
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(h), h) with h = x + residual, in one pass; shapes and errors as `rms_norm`.
+
+    The gradient in x has rows as far apart as x's own.
 
     Args:
         residual: as x in shape and dtype; None for zero.
+        room: columns that are left free behind each row of the former, which then is a view.
     """
     if not use_triton(x):
         return reference.rms_norm(x, weight, eps, residual)
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    flat = _dense_rows(x.reshape(-1, x.shape[-1]))
     other = None if residual is None else residual.reshape(flat.shape).contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (flat, other, weight)):
-        y, h = _RMSNorm.apply(flat, other, weight, eps)
+        y, h = _RMSNorm.apply(flat, other, weight, eps, room)
     else:  # autograd's bookkeeping would cost the host more than the launch
-        y, h, _ = _forward(flat, other, weight, eps)
+        y, h, _ = _forward(flat, other, weight, eps, room)
     return y.view(x.shape), h.view(x.shape)

@@ -55,29 +55,36 @@ def _rotate_heads(
 def _rope_kernel(
     q: tl.tensor,
     k: tl.tensor,
+    v: tl.tensor,
     q_out: tl.tensor,
     k_out: tl.tensor,
+    v_out: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
     q_token: int,
     q_head: int,
     k_token: int,
     k_head: int,
+    v_token: int,
+    v_head: int,
     q_out_token: int,
     q_out_head: int,
     k_out_token: int,
     k_out_head: int,
+    v_out_token: int,
+    v_out_head: int,
     cos_token: int,
     sin_token: int,
     H: int,
     G: int,
     half: int,
     INVERSE: tl.constexpr,
+    VALUES: tl.constexpr,
     Q_HEADS: tl.constexpr,
     K_HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ) -> None:
-    """One token: every head of q, then every head of k."""
+    """One token: every head of q, then every head of k; with VALUES those of v are copied, as many as k's."""
     t = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, HALF)[None, :]
     c = tl.load(cos + t * cos_token + col, col < half).to(tl.float32)
@@ -86,14 +93,22 @@ def _rope_kernel(
         s = -s
     _rotate_heads(q + t * q_token, q_out + t * q_out_token, q_head, q_out_head, H, half, c, s, Q_HEADS, HALF)
     _rotate_heads(k + t * k_token, k_out + t * k_out_token, k_head, k_out_head, G, half, c, s, K_HEADS, HALF)
+    if VALUES:
+        head = tl.arange(0, K_HEADS)[:, None]
+        inside = (head < G) & (col < half)
+        source, target = v + t * v_token + head * v_head + col, v_out + t * v_out_token + head * v_out_head + col
+        tl.store(target, tl.load(source, inside), inside)
+        tl.store(target + half, tl.load(source + half, inside), inside)
 
 
-def _launch(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
-    (T, H, d), G = q.shape, k.shape[1]
+def _launch(heads: tuple[Tensor, ...], out: tuple[Tensor, ...], cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """q and k, and v where it is to be copied."""
+    (T, H, d), G = heads[0].shape, heads[1].shape[1]
+    values = len(heads) == 3
+    every = [*heads, *out] if values else [*heads, heads[1], *out, out[1]]
     _rope_kernel[(T,)](
-        q, k, q_out, k_out, cos, sin,
-        *q.stride()[:2], *k.stride()[:2], *q_out.stride()[:2], *k_out.stride()[:2],
-        cos.stride(0), sin.stride(0), H, G, d // 2, INVERSE=inverse,
+        *every, cos, sin, *(stride for x in every for stride in x.stride()[:2]), cos.stride(0), sin.stride(0),
+        H, G, d // 2, INVERSE=inverse, VALUES=values,
         Q_HEADS=next_power_of_2(H), K_HEADS=next_power_of_2(G), HALF=next_power_of_2(d // 2), num_warps=4,
     )  # fmt: skip
 
@@ -110,7 +125,7 @@ class _Rope(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-        _launch(q, k, q_out, k_out, cos, sin, inverse=False)
+        _launch((q, k), (q_out, k_out), cos, sin, inverse=False)
         return q_out, k_out
 
     @staticmethod
@@ -118,7 +133,7 @@ class _Rope(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dq, dk = (g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk))
         q_out, k_out = dq.new_empty(dq.shape), dk.new_empty(dk.shape)
-        _launch(dq, dk, q_out, k_out, cos, sin, inverse=True)
+        _launch((dq, dk), (q_out, k_out), cos, sin, inverse=True)
         return q_out, k_out, None, None
 
 
@@ -148,23 +163,30 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = Fal
     """
     _check(q, k, cos, sin)
     if use_triton(q):
-        _launch(q, k, q, k, cos, sin, inverse)
+        _launch((q, k), (q, k), cos, sin, inverse)
         return
     for x in (q, k):
         x.copy_(reference.rotate(x, cos, -sin if inverse else sin))
 
 
 @torch.no_grad()
-def rope_back(dq: Tensor, dk: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Write the gradients of the unrotated q and k into given buffers, views of one fused gradient say.
+def rope_back(
+    grads: tuple[Tensor, Tensor, Tensor], out: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor
+) -> None:
+    """Write v's gradient, and q's and k's before their rotation, into given buffers, views of one fused gradient say.
 
-    Arguments and errors as `rope`; `q_out` and `k_out` have the shapes of `dq` and `dk`.
+    Args:
+        grads: of q [T, H, d], k and v [T, G, d]; last dimension dense, other strides free.
+        out: likewise.
+        cos, sin: as of `rope`, with its errors.
     """
+    (dq, dk, dv), (to_q, to_k, to_v) = grads, out
     _check(dq, dk, cos, sin)
-    same_layout(dq, q_out)
-    same_layout(dk, k_out)
+    for grad, to in zip(grads, out, strict=True):
+        same_layout(grad, to)
     if use_triton(dq):
-        _launch(dq, dk, q_out, k_out, cos, sin, inverse=True)
+        _launch(grads, out, cos, sin, inverse=True)
         return
-    for grad, out in ((dq, q_out), (dk, k_out)):
-        out.copy_(reference.rotate(grad, cos, -sin))
+    for grad, to in ((dq, to_q), (dk, to_k)):
+        to.copy_(reference.rotate(grad, cos, -sin))
+    to_v.copy_(dv)
