@@ -187,7 +187,7 @@ def test_what_is_recomputed_leaves_its_last_product_out(
     product = Group.product
 
     def counting(self: Group, *args: Any, back: bool = False) -> Tensor:
-        calls.append((self.gated, back))
+        calls.append((self.gated is not None, back))
         return product(self, *args, back=back)
 
     monkeypatch.setattr(Group, "product", counting)
@@ -205,7 +205,9 @@ def test_settings_change_between_rows() -> None:
             loss = packed_loss(model, batch)[0]
             loss.backward()
             losses.append((loss.item(), {name: grad.sum().item() for name, grad in gradients(model).items()}))
-    assert all(loss == losses[0] for loss in losses)
+    for loss, grads in losses:  # kept weights take the adapters along, in another order of addition
+        assert loss == pytest.approx(losses[0][0], rel=1e-6)
+        assert grads == pytest.approx(losses[0][1], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize("keep", [False, True])

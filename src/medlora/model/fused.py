@@ -116,7 +116,6 @@ class Fused:
         self.groups = [_layer_groups(layer, self.dtype, self.fp8) for layer in self.model.layers]
         every = [group for groups in self.groups for group in groups]
         self.masters = [master for group in every for master in group.masters]
-        self.copies = [copy for group in every for copy in group.copies]
         self._hold()
 
     def _hold(self) -> None:
@@ -128,6 +127,7 @@ class Fused:
                 group.keep(self.scratch)
             else:
                 group.release()
+        self.copies = [copy for group in every for copy in group.copies]
         if self.keep:
             self.scratch = self.scratch[:0].clone()
         self._place_embedding()
@@ -211,12 +211,12 @@ class Fused:
 
     def _layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         """(what the layer adds, the residual it adds to); x likewise belongs onto `residual`."""
-        y, h = _norm(x, residual, self.model.layers[index].input_layernorm)
+        y, h = _norm(x, residual, self.model.layers[index].input_layernorm, self.groups[index][0].room)
         return self._from_norm(row, index, y, h)
 
     def _from_norm(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
         added, h = self._attention(row, index, y, h)
-        y, h = _norm(added, h, self.model.layers[index].post_attention_layernorm)
+        y, h = _norm(added, h, self.model.layers[index].post_attention_layernorm, self.groups[index][2].room)
         return self._mlp(row, index, y, h, again)
 
     def _attention(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
@@ -326,18 +326,19 @@ def _recomputed(
     return found
 
 
-def _norm(x: Tensor, residual: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
+def _norm(x: Tensor, residual: Tensor | None, norm: Any, room: int = 0) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum)."""
-    return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon)
+    return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon, room)
 
 
 def _layer_groups(layer: Any, dtype: torch.dtype, fp8: bool) -> tuple[Group, Group, Group, Group]:
     attn, mlp = layer.self_attn, layer.mlp
+    gate_up = Group([mlp.gate_proj, mlp.up_proj], dtype, fp8=fp8)
     return (
         Group([attn.q_proj, attn.k_proj, attn.v_proj], dtype, fp8=fp8),
         Group([attn.o_proj], dtype, fp8=fp8),
-        Group([mlp.gate_proj, mlp.up_proj], dtype, fp8=fp8),
-        Group([mlp.down_proj], dtype, gated=True, fp8=fp8),
+        gate_up,
+        Group([mlp.down_proj], dtype, gated=gate_up, fp8=fp8),
     )
 
 

@@ -3,11 +3,20 @@
     y = x W' + s dropout(x) A' B'        dx = g W + dropout(s g B A)
 
 The weights of a group are dequantised side by side into a buffer that all groups of the model share, and the
-4-bit codes are the only lasting copy; with `keep` they stay dequantised, two bytes each. Forward, the rank-R term is
-written first and the product of the base adds onto it inside its own float32 accumulator: the sum is rounded once.
-Backward, it is added last unless it is dropped out: products with W run a tenth slower when they add. With FP8
-(row-wise e4m3, `kernels.fp8`) activations and gradients are quantised on the way, and the weights in both
-orientations, once with `keep` and in every pass without.
+4-bit codes are the only lasting copy. Forward, the rank-R term is written first and the product of the base adds onto
+it inside its own float32 accumulator: the sum is rounded once. Backward, it is added last unless it is dropped out:
+products with W run a tenth slower when they add.
+
+With `keep` the weights stay dequantised, two bytes each, and the adapters' copies lie beside them, so that one product
+takes both terms along, wherever x has room for h behind its columns, and g for dh:
+
+    y = [x, h] [W, B]'    h = s dropout(x) A'        dx = [g, dh] [[W], [A]]    dh = s g B
+
+That costs a hundredth more products, and no pass over y and dx. Who makes x or g leaves the room: norms, SwiGLU, and
+whoever makes a gradient, whose rows are as far apart as those of its tensor.
+
+With FP8 (row-wise e4m3, `kernels.fp8`) activations and gradients are quantised on the way, and the weights in both
+orientations, once with `keep` and in every pass without; adapters stay apart.
 
 Dropout's mask is a function of a seed and is never stored. Modules of a group share it (PEFT draws one for
 each: every module sees the same distribution, not the same draw). The trained tensors stay PEFT's own float32
@@ -18,7 +27,10 @@ Shapes: T tokens of the row, D inputs, N outputs and R ranks of a group.
 
 # torch leaves Function.apply untyped
 # mypy: allow-untyped-calls
+from __future__ import annotations
+
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,9 +40,11 @@ from torch.autograd import Function
 from medlora.kernels.dropout import dropout
 from medlora.kernels.fp8 import fp8_linear, quantize_rows
 from medlora.kernels.nf4 import DoubleQuant, dequantize_nf4, stored_scales
-from medlora.kernels.swiglu import swiglu, swiglu_backward
+from medlora.kernels.product import matmul
+from medlora.kernels.swiglu import RANKS, swiglu, swiglu_adapted_backward, swiglu_backward
 
 FP8_MULTIPLE = 16  # of a width, which the tensor cores ask for
+ALIGNED = 8  # elements of a row: 16 bytes, by which the products read
 Codes = tuple[Tensor, Tensor]
 
 
@@ -69,17 +83,22 @@ class Group:
     """Linear modules that read the same input, as one product with one rank-R term.
 
     Args:
-        gated: the input is [T, 2 D], gate beside up, and the modules read silu(gate) * up.
+        gated: whose output [T, 2 D], gate beside up, is the input; the modules read silu(gate) * up.
         fp8: products of the frozen weights in row-wise FP8.
 
     Raises:
         Unfusable: modules that cannot be computed so.
     """
 
-    def __init__(self, modules: list[Any], dtype: torch.dtype, *, gated: bool = False, fp8: bool = False) -> None:
+    def __init__(
+        self, modules: list[Any], dtype: torch.dtype, *, gated: Group | None = None, fp8: bool = False
+    ) -> None:
         self.bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
         self.adapters = [_adapter(module) for module in modules]
         self.gated, self.fp8 = gated, fp8
+        self.read_gated = False
+        if gated is not None:
+            gated.read_gated = True
         self.sizes: list[int] = [base.out_features for base in self.bases]
         self.shape: tuple[int, int] = (sum(self.sizes), self.bases[0].in_features)
         if fp8 and any(size % FP8_MULTIPLE for size in self.shape):
@@ -89,35 +108,60 @@ class Group:
         if any(b is None for b in biases) != all(b is None for b in biases):
             raise Unfusable("only some of the modules that share an input have a bias")
         self.bias = None if biases[0] is None else torch.cat(biases).to(dtype)
+        self.dtype = dtype
         self.kept: Tensor | None = None
         self.kept_codes: tuple[Codes, Codes] | None = None
-        self._copy_adapters(dtype)
+        self.beside: Tensor | None = None
+        """The kept weights and the adapters: [[W, scattered b], [a, 0]], [N + R, D + R]."""
+        self.b_grads: Tensor | None = None
+        """Every b's gradient of the backward pass that is due, where the group that reads this one's output made it."""
+        self._check_adapters()
+        self._place_adapters()
 
-    def _copy_adapters(self, dtype: torch.dtype) -> None:
-        """Room for the trained tensors in the compute dtype: every a in one [R, D], each b as it is."""
+    def _check_adapters(self) -> None:
         present = [adapter for adapter in self.adapters if adapter]
         if len({(adapter.scaling, adapter.dropout) for adapter in present}) > 1:
             raise Unfusable("modules that share an input differ in LoRA scaling or dropout")
-        ranks = [len(adapter.a) for adapter in present]
         self.scaling, self.dropout = (present[0].scaling, present[0].dropout) if present else (0.0, 0.0)
         self.masters = [tensor for adapter in present for tensor in (adapter.a, adapter.b)]
-        device = self.bases[0].weight.device
-        self.a = torch.empty(sum(ranks), self.shape[1], dtype=dtype, device=device)
+
+    def _place_adapters(self, beside: Tensor | None = None) -> None:
+        """Room for the trained tensors in the compute dtype: every a in one [R, D], each b as it is; with `beside`
+        below and right of the frozen weights there, so that one product takes both."""
+        (N, D), present = self.shape, [adapter for adapter in self.adapters if adapter]
+        new = partial(torch.empty, dtype=self.dtype, device=self.bases[0].weight.device)
+        alike = len(present) == len(self.sizes) > 1 and len({adapter.b.shape for adapter in present}) == 1
+        self.even: Tensor | None = None
+        """Every b in one [n, N, r] where all modules have one of one shape: their products go as a batch."""
+        if beside is not None:
+            self.a = beside[N:, :D]
+            if alike:
+                (size, r), width = present[0].b.shape, beside.shape[1]
+                self.even = beside.as_strided((len(present), size, r), (size * width + r, width, 1), D)
+        else:
+            self.a = new(sum(len(adapter.a) for adapter in present), D)
+            self.even = new(len(present), *present[0].b.shape) if alike else None
         self.copies: list[Tensor] = []
         self.parts: list[tuple[slice, slice, Tensor]] = []
         """(columns of the output, columns of the rank-R product, b) of each adapted module."""
-        alike = len(present) == len(self.sizes) > 1 and len({adapter.b.shape for adapter in present}) == 1
-        self.even = torch.empty(len(present), *present[0].b.shape, dtype=dtype, device=device) if alike else None
-        """Every b in one [n, N, r] where all modules have one of one shape: their products go as a batch."""
         column, rank = 0, 0
         for size, adapter in zip(self.sizes, self.adapters, strict=True):
             if adapter:
-                r = len(adapter.a)
-                b = torch.empty_like(adapter.b, dtype=dtype) if self.even is None else self.even[len(self.parts)]
-                self.copies += [self.a[rank : rank + r], b]
-                self.parts.append((slice(column, column + size), slice(rank, rank + r), b))
-                rank += r
+                columns, ranks = slice(column, column + size), slice(rank, rank + len(adapter.a))
+                rank = ranks.stop
+                if self.even is not None:
+                    b = self.even[len(self.parts)]
+                else:
+                    b = new(*adapter.b.shape) if beside is None else beside[:N, D:][columns, ranks]
+                self.copies += [self.a[ranks], b]
+                self.parts.append((columns, ranks, b))
             column += size
+
+    @property
+    def room(self) -> int:
+        """How many columns beside this group's inputs and outputs its products take along: R where the weights lie
+        beside the adapters, else none."""
+        return 0 if self.beside is None else len(self.a)
 
     def weight(self, scratch: Tensor) -> Tensor:
         """The frozen weights [N, D], in `scratch` unless they are kept or one plain weight can serve."""
@@ -139,11 +183,21 @@ class Group:
         w = self.weight(scratch)
         if self.fp8:
             self.kept_codes = quantize_rows(w), quantize_rows(w.t())
+        elif w.data_ptr() != scratch.data_ptr():
+            self.kept = w
+        elif self.parts and not any(size % ALIGNED for size in (*self.shape, *map(len, self.masters[::2]))):
+            (N, D), R = self.shape, len(self.a)
+            self.beside = w.new_zeros(N + R, D + R)
+            self.kept = self.beside[:N, :D].copy_(w)
+            self._place_adapters(self.beside)
         else:
-            self.kept = w.clone() if w.data_ptr() == scratch.data_ptr() else w
+            self.kept = w.clone()
 
     def release(self) -> None:
         self.kept = self.kept_codes = None
+        if self.beside is not None:
+            self.beside = None
+            self._place_adapters()
 
     def codes(self, scratch: Tensor, back: bool) -> Codes:
         """The weights in FP8: rows of W, or with `back` of W'."""
@@ -158,10 +212,13 @@ class Group:
             y = fp8_linear(x, *self.codes(scratch, back))
             return y if onto is None else y.add_(onto)
         w = self.weight(scratch) if back else self.weight(scratch).t()
-        return x @ w if onto is None else onto.addmm_(x, w)
+        return matmul(x, w, onto, adds=onto is not None)
 
     def input(self, x: Tensor) -> Tensor:
-        return swiglu(*x.chunk(2, 1)) if self.gated else x
+        if self.gated is None:
+            return x
+        gate, up = x.chunk(2, 1)
+        return swiglu(gate, up, roomy(gate, self.room) if self.room else None)
 
     def forward(self, x: Tensor, how: Pass) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(y [T, N], dropout(x) [T, D], s dropout(x) A' [T, R]); the last two None without adapters."""
@@ -169,11 +226,24 @@ class Group:
             y = self._nothing(x) if how.discard else self._with_bias(self.product(self.input(x), how.scratch, None))
             return y, None, None
         inner = self.input(x)
-        dropped = how.dropout(inner)
-        h_TR = _scaled(dropped, self.a.t(), self.scaling)
+        dropped, both = how.dropout(inner), widened(inner, self.room)
+        h_TR = _scaled(dropped, self.a.t(), self.scaling, None if both is None else both[:, self.shape[1] :])
         if how.discard:
             return self._nothing(x), dropped, h_TR
-        return self._with_bias(self.product(inner, how.scratch, self.adapted(h_TR))), dropped, h_TR
+        y = roomy(x, 0 if how.p else self.room, self.shape[0])
+        if both is None or self.beside is None:
+            y = self.product(inner, how.scratch, self.adapted(h_TR, y))
+        else:
+            matmul(both, self.beside[: self.shape[0]].t(), y)
+        behind = self.behind(y)
+        if behind is not None:
+            behind.copy_(h_TR)
+        return self._with_bias(y), dropped, h_TR
+
+    def behind(self, y: Tensor) -> Tensor | None:
+        """Where h lies behind an output that a gated group reads."""
+        both = widened(y, self.room) if self.read_gated and self.even is not None else None
+        return None if both is None else both[:, self.shape[0] :]
 
     def _nothing(self, x: Tensor) -> Tensor:
         """The output's shape without its memory."""
@@ -182,10 +252,10 @@ class Group:
     def _with_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y.add_(self.bias)
 
-    def adapted(self, h_TR: Tensor) -> Tensor:
-        """h b' [T, N], zero in the columns of modules without an adapter."""
-        make = h_TR.new_empty if len(self.parts) == len(self.sizes) else h_TR.new_zeros
-        y = make(len(h_TR), self.shape[0])
+    def adapted(self, h_TR: Tensor, y: Tensor) -> Tensor:
+        """h b' [T, N] in y, zero in the columns of modules without an adapter."""
+        if len(self.parts) < len(self.sizes):
+            y.zero_()
         if self.even is not None:
             torch.bmm(self.batch(h_TR), self.even.transpose(1, 2), out=self.batch(y))
             return y
@@ -193,16 +263,24 @@ class Group:
             torch.mm(h_TR[:, ranks], b.t(), out=y[:, columns])
         return y
 
-    def adapter_grads(self, grad: Tensor, h_TR: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The gradients of dropout(x) a' [T, R] and of each b, float32."""
-        dh_TR = torch.empty_like(h_TR)
+    def rank_grad(self, grad: Tensor, dh_TR: Tensor) -> Tensor:
+        """The gradient of dropout(x) a' [T, R], in `dh_TR`."""
         if self.even is not None:
-            g, dh = self.batch(grad), self.batch(dh_TR)
-            torch.baddbmm(dh, g, self.even, beta=0, alpha=self.scaling, out=dh)
-            return dh_TR, list(_float32_product(torch.bmm, g.transpose(1, 2), self.batch(h_TR)))
+            dh = self.batch(dh_TR)
+            torch.baddbmm(dh, self.batch(grad), self.even, beta=0, alpha=self.scaling, out=dh)
+            return dh_TR
         for columns, ranks, b in self.parts:
             _scaled(grad[:, columns], b, self.scaling, dh_TR[:, ranks])
-        return dh_TR, [_float32_product(torch.mm, grad[:, c].t(), h_TR[:, r]) for c, r, _ in self.parts]
+        return dh_TR
+
+    def output_grads(self, grad: Tensor, h_TR: Tensor) -> list[Tensor]:
+        """Of each b, float32."""
+        made, self.b_grads = self.b_grads, None
+        if made is not None:
+            return list(made)
+        if self.even is not None:
+            return list(_float32_product(torch.bmm, self.batch(grad).transpose(1, 2), self.batch(h_TR)))
+        return [_float32_product(torch.mm, grad[:, c].t(), h_TR[:, r]) for c, r, _ in self.parts]
 
     def batch(self, x: Tensor) -> Tensor:
         """[T, n C] as n matrices [n, T, C]."""
@@ -222,7 +300,9 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, how: Pass, *masters: Tensor) -> Tensor:
         y, dropped, h_TR = group.forward(x, how)
-        again = group.gated or (how.lean and bool(group.parts))
+        again = group.gated is not None or (how.lean and bool(group.parts))
+        if h_TR is not None and (again or dropped is not x):
+            h_TR = h_TR.contiguous()  # beside a tensor that is not kept it would keep that too
         ctx.save_for_backward(x if again else dropped, h_TR)
         ctx.group, ctx.how, ctx.again = group, how, again
         ctx.dropped = dropped if how.discard else None  # then the backward pass is next
@@ -231,33 +311,64 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x, h_TR), group, how = ctx.saved_tensors, ctx.group, ctx.how
-        grads: list[Tensor | None] = []
-        dh_TR = None
+        dropped, ctx.dropped = ctx.dropped, None
+        wanted = ctx.needs_input_grad[0]
+        both = None if how.p else widened(grad, group.room)
+        grads: list[Tensor] = []
+        dh_TR: Any = None
+        da: Any = None
+        dx: Any = None
+        db: list[Tensor] = []
         if group.parts:
-            dh_TR, db = group.adapter_grads(grad, h_TR)
-            dropped, ctx.dropped = ctx.dropped, None
-            if dropped is None:
+            dh_TR = group.rank_grad(grad, h_TR.new_empty(h_TR.shape) if both is None else both[:, group.shape[0] :])
+            db = group.output_grads(grad, h_TR)
+            if dropped is None and not (group.gated and wanted):  # else SwiGLU's backward pass makes it
                 dropped = how.dropout(group.input(x)) if ctx.again else x
-            da = _float32_product(torch.mm, dh_TR.t(), dropped)
+            da = None if dropped is None else _float32_product(torch.mm, dh_TR.t(), dropped)
             del dropped
-            for (_, ranks, _), each in zip(group.parts, db, strict=True):
-                grads += [da[ranks], each]
-        dx = None
-        if ctx.needs_input_grad[0]:
-            onto = None if dh_TR is None or not how.p else how.dropout(dh_TR @ group.a)
-            dx = group.product(grad, how.scratch, onto, back=True)
-            if dh_TR is not None and onto is None:
-                dx.addmm_(dh_TR, group.a)
-            dx = _through_swiglu(dx, x) if group.gated else dx
+        if wanted:
+            dx = _to_input(group, grad, both, dh_TR, how)
+        if wanted and group.gated:
+            dx, da = _through_swiglu(group.gated, dx, x, how, dh_TR, da)
+        for (_, ranks, _), each in zip(group.parts, db, strict=True):
+            grads += [da[ranks], each]
         return dx, None, None, *grads
 
 
-def _through_swiglu(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient in gate and up, in their own place: only this group reads them, and not again."""
+def _to_input(group: Group, grad: Tensor, both: Tensor | None, dh_TR: Tensor | None, how: Pass) -> Tensor:
+    """The gradient in the group's input, before SwiGLU; `both`: grad with dh_TR beside it, where it has room."""
+    if both is not None and group.beside is not None:
+        return matmul(both, group.beside[:, : group.shape[1]])
+    onto = None if dh_TR is None or not how.p else how.dropout(dh_TR @ group.a)
+    dx = group.product(grad, how.scratch, onto, back=True)
+    return dx if dh_TR is None or onto is not None else dx.addmm_(dh_TR, group.a)
+
+
+def _through_swiglu(below: Group, grad: Tensor, x: Tensor, how: Pass, dh_TR: Any, da: Any) -> tuple[Tensor, Any]:
+    """(the gradient in gate and up, in their own place, since only this group reads them, and not again; a's, where
+    there is one). `below` is the group that made gate and up, whose b's gradients are made on the way."""
     x = x.detach()
     gate, up = x.chunk(2, 1)
-    swiglu_backward(grad, gate, up, gate, up)
-    return x
+    missing = dh_TR is not None and da is None
+    if missing and not how.p and dh_TR.shape[1] in RANKS:
+        h_TR = below.behind(x)
+        h_TR = h_TR if h_TR is not None and h_TR.shape[1] // 2 in RANKS else None
+        da, below.b_grads = swiglu_adapted_backward(grad, gate, up, dh_TR, h_TR)
+        return x, da
+    swiglu_backward(grad, gate, up, gate, up, grad if missing else None)
+    return x, _float32_product(torch.mm, dh_TR.t(), how.dropout(grad)) if missing else da
+
+
+def roomy(x: Tensor, room: int, width: int | None = None) -> Tensor:
+    """An empty [T, width], by default x's, as rows of which each has `room` more columns behind it."""
+    width = x.shape[1] if width is None else width
+    return x.new_empty(len(x), width + room)[:, :width]
+
+
+def widened(x: Tensor, room: int) -> Tensor | None:
+    """x with the columns behind it [T, W + room], if it is `roomy`. Autograd does not see what is written there."""
+    width = x.shape[1] + room
+    return x.data.as_strided((len(x), width), (width, 1)) if room and x.stride() == (width, 1) else None
 
 
 def _scaled(x: Tensor, w: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:

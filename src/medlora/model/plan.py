@@ -240,6 +240,9 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
     token = _token_bytes(shape, work, recompute, work.samples if rows == 1 else max(1, tokens // work.longest))
+    if keep and recompute == "none" and not work.recipe.training.fp8:
+        beside, behind = _room_bytes(shape, work)
+        fixed, token = fixed + beside, token + behind
     seconds = _seconds(shape, work, rows, recompute, keep, optim)
     # as for the base: who asks for recomputation gets it in every layer
     free = work.on_gpu and recompute in ("full", "offload") and work.recipe.training.gradient_checkpointing is not True
@@ -314,6 +317,20 @@ def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str) -
     # at the end of such a step, where its peak is, all gradients are there, and no logits
     late = max(4 * trained, logits) if recompute == "offload" else logits
     return trained * (4 + STATE[optim] + copies) + late
+
+
+def _room_bytes(shape: Shape, work: Work) -> tuple[float, float]:
+    """Bytes of corners beside the kept weights, where adapters' copies lie, and behind q, k, v, gate and up of a
+    token (see `model.group`)."""
+    lora = work.recipe.lora
+    targets = set(shape.targets(lora.target_modules))
+    corners, behind = 0, 0
+    for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        R = lora.r * len(targets & set(group))
+        outputs = sum(shape.modules[name][0] for name in group)
+        corners += R * (outputs + R) - lora.r * sum(shape.modules[name][0] for name in targets & set(group))
+        behind += R * (len(group) > 1 and lora.lora_dropout == 0)
+    return work.width * shape.layers * corners, work.width * shape.layers * behind
 
 
 def _token_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) -> float:

@@ -1,0 +1,145 @@
+"""Products that take adapters along beside the weights, against plain differentiable operations in float32."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_packed import ALL, make
+from torch import Tensor, nn
+
+from medlora.kernels import reference
+from medlora.kernels.rms_norm import add_rms_norm
+from medlora.kernels.swiglu import swiglu_adapted_backward
+from medlora.model import group as group_module
+from medlora.model.fused import _layer_groups
+from medlora.model.group import Group, Pass, widened
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+EPS = 1e-5
+
+
+def layer(targets: list[str], device: str, **lora: Any) -> Any:
+    """A decoder layer whose base lies in NF4 codes; each module's `exact` is its weight in float32."""
+    from bitsandbytes import functional as bnb
+
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    found = make(targets, lora=lora).get_base_model().model.layers[0].to(device)
+    for module in found.modules():
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            codes, state = bnb.quantize_4bit(module.weight.data, quant_type="nf4")
+            module.exact = bnb.dequantize_4bit(codes, state).float()
+            module.weight = nn.Parameter(codes, requires_grad=False)
+            module.weight.quant_state = state
+    return found
+
+
+def kept(groups: Any, dtype: torch.dtype, device: str) -> Tensor:
+    scratch = torch.empty(max(g.shape[0] * g.shape[1] for g in groups), dtype=dtype, device=device)
+    for group in groups:
+        group.keep(scratch)
+        for copy, master in zip(group.copies, group.masters, strict=True):
+            copy.data.copy_(master.data)
+    return scratch
+
+
+def plain(group: Group, x: Tensor) -> Tensor:
+    if group.gated:
+        x = reference.swiglu(*x.chunk(2, 1))
+    parts = []
+    for base, adapter in zip(group.bases, group.adapters, strict=True):
+        y = x @ getattr(base, "exact", base.weight).t()
+        parts.append(y if adapter is None else y + adapter.scaling * (x @ adapter.a.t()) @ adapter.b.t())
+    return torch.cat(parts, 1)
+
+
+def passed(groups: Any, product: Callable[[Group, Tensor], Tensor], norm: Any, x: Tensor, g: Tensor) -> list[Tensor]:
+    """Two norms around gate, up and down, then the gradients of x and of what is trained."""
+    _, _, gate_up, down = groups
+    x = x.detach().requires_grad_()
+    y, h = norm(x, torch.zeros_like(x), gate_up.room)
+    y, h = norm(product(down, product(gate_up, y)), h, 0)
+    masters = [*gate_up.masters, *down.masters]
+    return [y.detach(), *torch.autograd.grad([y, h], [x, *masters], [g, g])]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("targets", [ALL, ["gate_proj", "down_proj"], ["up_proj"]], ids="_".join)
+@pytest.mark.parametrize("rank", [8, 16])
+def test_adapters_beside_the_weights_change_no_gradient(
+    interpreter: None, device: str, targets: list[str], rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 16 also through the kernel that makes adapters' gradients while SwiGLU's pass."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    groups = _layer_groups(layer(targets, device, r=rank), dtype, False)
+    scratch = kept(groups, dtype, device)
+    torch.manual_seed(1)
+    x, g = (torch.randn(37, 64, device=device).to(dtype) for _ in range(2))
+    weight = torch.rand(64, device=device) + 0.5
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    monkeypatch.setattr(Group, "product", None)  # what is asked of it would not have been taken along
+    adapted = [group for group in groups[2:] if group.parts]
+    assert all(group.room == len(group.a) > 0 for group in adapted)
+    if len(adapted) < 2:
+        monkeypatch.undo()
+    made: list[bool] = []
+    monkeypatch.setattr(
+        group_module, "swiglu_adapted_backward",
+        lambda *all: (made.append(all[-1] is not None), swiglu_adapted_backward(*all))[1],
+    )  # fmt: skip
+    ours = passed(
+        groups, lambda group, x: group(x, Pass(scratch, 0.0, seed, 0)),
+        lambda x, h, room: add_rms_norm(x, h, weight.to(dtype), EPS, room), x, g,
+    )  # fmt: skip
+    expected = passed(groups, plain, lambda x, h, room: reference.rms_norm(x, weight, EPS, h), x.float(), g.float())
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert (mine - theirs).norm() <= (0.02 if device == "cuda" else 1e-5) * theirs.norm()
+    assert made == ([targets is ALL] if rank == 16 and "down_proj" in targets else [])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_queries_keys_and_values_take_theirs_along(
+    interpreter: None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that differ, and an input and a gradient that have room."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    block = layer(["q_proj", "v_proj"], device, rank_pattern={"v_proj": 16}, alpha_pattern={"v_proj": 24})
+    groups = _layer_groups(block, dtype, False)
+    scratch = kept(groups, dtype, device)
+    qkv = groups[0]
+    monkeypatch.setattr(Group, "product", None)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    N, D = qkv.shape
+    x, g = (torch.randn(37, w + qkv.room, device=device).to(dtype)[:, :w] for w in (D, N))
+    x32, g32 = x.float().requires_grad_(), g.float()
+    y32 = plain(qkv, x32)
+    theirs = [y32, *torch.autograd.grad(y32, [x32, *qkv.masters], g32)]
+    x = x.requires_grad_()
+    y = qkv(x, Pass(scratch, 0.0, seed, 0))
+    assert qkv.room == 24 and widened(y, 24) is not None
+    ours = [y, *torch.autograd.grad(y, [x, *qkv.masters], g)]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).norm() <= (0.02 if device == "cuda" else 1e-5) * other.norm()
+
+
+def test_ranks_that_no_product_reads_in_whole_steps_stay_apart() -> None:
+    groups = _layer_groups(layer(ALL, "cpu", r=6), torch.float32, False)
+    kept(groups, torch.float32, "cpu")
+    assert all(group.room == 0 and group.kept is not None for group in groups)
+
+
+def test_what_lies_beside_goes_with_the_kept_weights() -> None:
+    group = _layer_groups(layer(ALL, "cpu"), torch.float32, False)[2]
+    kept([group], torch.float32, "cpu")
+    before = [copy.clone() for copy in group.copies]
+    group.release()
+    torch._foreach_copy_(group.copies, group.masters)
+    assert group.room == 0 and all(map(torch.equal, before, group.copies))
+
+
+def test_a_tensor_without_room_is_not_widened() -> None:
+    assert widened(torch.empty(4, 6), 2) is None
+    roomy = group_module.roomy(torch.empty(4, 6), 2)
+    assert roomy.shape == (4, 6) and widened(roomy, 2).shape == (4, 8)
+    assert widened(roomy, 3) is None and widened(roomy, 0) is None
