@@ -54,6 +54,16 @@ def test_a_dense_batch_is_the_documents_one_by_one(borders, heads):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
 
 
+def test_a_loss_that_lives_on_holds_no_row():
+    """Of a step's rows the first one's loss is still there while the second passes."""
+    row = tables(48, 16, [0, 24, 48], "cpu")
+    qkv = torch.randn(48, 12 * 16, requires_grad=True) * 1
+    q, *_ = module._Rotation.apply(qkv, row, (4, 4, 16))
+    assert q.grad_fn.qkv is not None
+    q.sum().backward()
+    assert q.grad_fn.qkv is None
+
+
 @pytest.mark.parametrize("borders", [[0, 9, 48, 49], [0, 33]], ids=["three", "one"])
 def test_documents_of_any_length(borders):
     (out, grad), (expected, expected_grad) = both(attention, borders, (4, 2, 16), torch.float32, "cpu")

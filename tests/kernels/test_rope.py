@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from medlora.kernels import reference
-from medlora.kernels.rope import rope, rope_
+from medlora.kernels.rope import rope, rope_, rope_back
 
 SHAPES = [(1, 4, 4, 64), (3, 9, 3, 64), (127, 4, 1, 48)]  # T, H, G, d
 
@@ -60,6 +60,22 @@ def test_in_place_on_a_fused_buffer(T, H, G, d, dtype, device, close):
     rope_(q, k, cos, sin, inverse=True)
     close(q, expected_q)
     close(k, expected_k)
+
+
+@pytest.mark.parametrize(("T", "H", "G", "d"), SHAPES[:2])
+def test_all_gradients_into_one_buffer(T, H, G, d, dtype, device, close):
+    """Rows with something behind them, which stays; the values' gradient as it is."""
+    _, cos, sin = tables(T, d, device)
+    dq, dk, dv = (torch.randn(n, T, d, device=device).to(dtype).transpose(0, 1) for n in (H, G, G))
+    buffer = torch.randn(T, (H + 2 * G) * d + 8, device=device).to(dtype)
+    behind = buffer[:, -8:].clone()
+    to_q, to_k, to_v = (part.unflatten(1, (-1, d)) for part in buffer[:, :-8].split((H * d, G * d, G * d), dim=1))
+    rope_back((dq, dk, dv), (to_q, to_k, to_v), cos, sin)
+    for to, grad in ((to_q, dq), (to_k, dk)):
+        before = torch.zeros(grad.shape, device=device, requires_grad=True)
+        reference.rotate(before, cos, sin).backward(grad.float())
+        close(to, before.grad)
+    assert torch.equal(to_v, dv) and torch.equal(buffer[:, -8:], behind)
 
 
 def test_many_tokens(device, close):

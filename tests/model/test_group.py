@@ -143,3 +143,20 @@ def test_a_tensor_without_room_is_not_widened() -> None:
     roomy = group_module.roomy(torch.empty(4, 6), 2)
     assert roomy.shape == (4, 6) and widened(roomy, 2).shape == (4, 8)
     assert widened(roomy, 3) is None and widened(roomy, 0) is None
+
+
+@pytest.mark.parametrize(("place", "p"), [(3, 0.0), (2, 0.3)], ids=["SwiGLU's output", "an input that is dropped out"])
+def test_what_is_not_kept_is_not_held_by_what_lies_behind_it(place: int, p: float) -> None:
+    groups = _layer_groups(layer(ALL, "cpu"), torch.float32, False)
+    scratch, group = kept(groups, torch.float32, "cpu"), groups[place]
+    x = group_module.roomy(torch.empty(37, group.shape[1] * (1 + (group.gated is not None))), group.room)
+    x = torch.nn.init.normal_(x).requires_grad_()
+    held: dict[tuple[int, ...], int] = {}
+
+    def pack(saved: Tensor) -> Tensor:
+        held[tuple(saved.shape)] = saved.untyped_storage().nbytes()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        group(x, Pass(scratch, p, torch.zeros(1, dtype=torch.int64), 0))
+    assert held[37, group.room] == 4 * 37 * group.room

@@ -27,6 +27,7 @@ LONG = 4096  # rows: shorter ones come in too many lengths, and are bound by oth
 WORKSPACE = 2**20  # bytes; on Hopper algorithms ask for four
 OFFERED = 16  # algorithms asked for; cuBLAS has eight or so
 TURNS = 8  # of each algorithm before one is chosen
+ALIGNED = 256  # bytes, which cuBLAS takes for granted where nothing else is said
 PROVEN = 1024  # rows by which results are compared
 # of cublasLt.h and library_types.h
 TYPES = {torch.bfloat16: 14, torch.float16: 2}
@@ -204,7 +205,8 @@ def matmul(x: Tensor, w: Tensor, out: Tensor | None = None, *, adds: bool = Fals
         out: [T, N], as x.
     """
     y = x.new_empty(len(x), w.shape[1]) if out is None else out
-    if x.is_cuda and len(x) >= LONG and x.dtype in TYPES and not torch.cuda.is_current_stream_capturing():
+    aligned = not (x.data_ptr() | w.data_ptr() | y.data_ptr()) % ALIGNED
+    if x.is_cuda and len(x) >= LONG and x.dtype in TYPES and aligned and not torch.cuda.is_current_stream_capturing():
         product = _product(x, w, y, adds)
         if product:
             with suppress(_Failed):
