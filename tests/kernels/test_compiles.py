@@ -14,6 +14,7 @@ import pytest
 F32 = "*fp32"
 NF4 = {"codes": "*u8", "absmax": F32, "code": F32, "outer": F32, "offset": F32}
 RMS = {"rms": F32, "dw": F32}
+SUMS = {"da": F32, "db": F32}
 BYTES = {"absmax": "*u8"}
 DECODE = NF4 | {"scaling": F32, "shares": F32, "slots": "*i32", "counters": "*i32"}
 ONE_ROW = dict.fromkeys(("M", "S", "G"), "constexpr")  # Triton makes a constant of every integer that is 1
@@ -27,9 +28,11 @@ CASES = [  # module, kernel, pointers, constants, warps
     ("rms_norm", "_forward_kernel", RMS, {"ADD": True, "BLOCK": 4096}, 8),
     ("rms_norm", "_backward_kernel", RMS, {"RESIDUAL": True, "WEIGHT": False, "BLOCK": 4096}, 8),
     ("rms_norm", "_backward_kernel", RMS, {"RESIDUAL": False, "WEIGHT": True, "BLOCK": 4096}, 8),
-    ("rope", "_rope_kernel", {}, {"INVERSE": True, "Q_HEADS": 32, "K_HEADS": 8, "HALF": 64}, 4),
+    ("rope", "_rope_kernel", {}, {"INVERSE": True, "VALUES": True, "Q_HEADS": 32, "K_HEADS": 8, "HALF": 64}, 4),
     ("swiglu", "_forward_kernel", {}, {"BLOCK": 1024}, 4),
-    ("swiglu", "_backward_kernel", {}, {"BLOCK": 1024}, 4),
+    ("swiglu", "_backward_kernel", {}, {"AGAIN": True, "BLOCK": 1024}, 4),
+    ("swiglu", "_adapted_kernel", SUMS, {"R": 64, "Q": 64, "FEEDS": True, "ROWS": 64, "COLUMNS": 128}, 8),
+    ("swiglu", "_adapted_kernel", SUMS, {"R": 16, "Q": 16, "FEEDS": False, "ROWS": 64, "COLUMNS": 128}, 8),
     ("embedding", "_gather_kernel", {"ids": "*i64"}, {"BLOCK": 4096}, 4),
     ("dropout", "_dropout_kernel", {"seed": "*i64"}, {"GROUPS": 256}, 4),
     (

@@ -25,6 +25,15 @@ def test_equals_bitsandbytes(N, K, double, dtype, device):
     assert torch.equal(out, expected.to(dtype))
 
 
+@pytest.mark.parametrize(("N", "K"), [(3, 64), (127, 576)])
+def test_rows_with_something_behind_them(N, K, dtype, device):
+    codes, state = quantize(N, K, False, device)
+    buffer = torch.full((N, K + 8), torch.nan, dtype=dtype, device=device)
+    nf4.dequantize_nf4(codes, state.absmax, buffer[:, :K])
+    assert torch.equal(buffer[:, :K], functional.dequantize_4bit(codes, state).view(N, K).to(dtype))
+    assert buffer[:, K:].isnan().all()
+
+
 @pytest.mark.parametrize("stored", nf4.NARROW)
 def test_scales_in_16_bits_give_the_bits_of_fp32(stored, dtype, device):
     codes, state = quantize(127, 576, False, device)
@@ -76,6 +85,8 @@ def test_refuses_what_does_not_fit(device):
         nf4.dequantize_nf4(codes, state.absmax, out[:64])
     with pytest.raises(ValueError, match="contiguous"):
         nf4.dequantize_nf4(codes, state.absmax, out.T)
+    with pytest.raises(ValueError, match="whole blocks"):
+        nf4.dequantize_nf4(codes, state.absmax, torch.empty(96, 104, device=device)[:, :96])
     with pytest.raises(ValueError, match="absmax"):
         nf4.dequantize_nf4(codes, state.absmax.byte(), out)
     state.blocksize = 128

@@ -12,7 +12,8 @@ from medlora.kernels import attention
 from medlora.kernels import reference as plain
 from medlora.model import fused as fused_module
 from medlora.model.fused import Fused
-from medlora.model.group import Group, Unfusable
+from medlora.model.group import Group
+from medlora.model.modules import Unfusable
 from medlora.model.offload import Offload
 from medlora.model.packed import pack, packed_loss, packing
 

@@ -1,38 +1,44 @@
 """Products that take adapters along beside the weights, against plain differentiable operations in float32."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from test_packed import ALL, make
+from test_packed import ALL, assert_equal, documents, gradients, make
 from torch import Tensor, nn
 
-from medlora.kernels import reference
+from medlora.kernels import cross_entropy, embedding, nf4, reference
 from medlora.kernels.rms_norm import add_rms_norm
 from medlora.kernels.swiglu import swiglu_adapted_backward
+from medlora.model import fused as fused_module
 from medlora.model import group as group_module
 from medlora.model.fused import _layer_groups
 from medlora.model.group import Group, Pass, widened
+from medlora.model.packed import pack, packed_loss, packing
 
+bnb = pytest.importorskip("bitsandbytes.functional")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 EPS = 1e-5
 
 
 def layer(targets: list[str], device: str, **lora: Any) -> Any:
     """A decoder layer whose base lies in NF4 codes; each module's `exact` is its weight in float32."""
-    from bitsandbytes import functional as bnb
-
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     found = make(targets, lora=lora).get_base_model().model.layers[0].to(device)
-    for module in found.modules():
+    quantize(found)
+    return found
+
+
+def quantize(model: Any) -> None:
+    for module in model.modules():
         if type(module) is nn.Linear and not module.weight.requires_grad:
             codes, state = bnb.quantize_4bit(module.weight.data, quant_type="nf4")
             module.exact = bnb.dequantize_4bit(codes, state).float()
             module.weight = nn.Parameter(codes, requires_grad=False)
             module.weight.quant_state = state
-    return found
 
 
 def kept(groups: Any, dtype: torch.dtype, device: str) -> Tensor:
@@ -160,3 +166,59 @@ def test_what_is_not_kept_is_not_held_by_what_lies_behind_it(place: int, p: floa
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         group(x, Pass(scratch, p, torch.zeros(1, dtype=torch.int64), 0))
     assert held[37, group.room] == 4 * 37 * group.room
+
+
+@pytest.fixture
+def roomy_rows(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms and SwiGLU through their kernels, which leave room, the rest by its reference; rows as they are."""
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    for module in (cross_entropy, embedding, nf4):
+        monkeypatch.setattr(module, "use_triton", lambda _: False)
+    monkeypatch.setattr(fused_module, "ROUND", 1)
+
+
+@pytest.mark.parametrize(("targets", "rank"), [(ALL, 16), (["q_proj", "v_proj", "down_proj"], 8)], ids=["all", "some"])
+@pytest.mark.parametrize("way", ["none", "selective", "full", "offload"])
+def test_weights_that_are_not_kept_lie_beside_the_adapters_while_long_rows_pass(
+    roomy_rows: None, monkeypatch: pytest.MonkeyPatch, way: Any, targets: list[str], rank: int
+) -> None:
+    model, batch = make(targets, lora={"r": rank}), pack(documents((5, 9, 3)))
+    quantize(model.get_base_model().model)
+    stacked: list[bool] = []
+    together = Group.stacked
+    monkeypatch.setattr(
+        Group, "stacked", lambda self, scratch, *, back: (stacked.append(back), together(self, scratch, back=back))[1]
+    )
+    found = []
+    for long in (10**6, 1):
+        monkeypatch.setattr(fused_module, "LONG", long)
+        with packing(model, fuse=True, recompute=way):
+            loss = packed_loss(model, batch)[0]
+            loss.backward()
+        found.append((loss.detach(), gradients(model)))
+        assert bool(stacked) == (long == 1)
+    (apart, grads), (loss, same) = found
+    assert torch.allclose(loss, apart, rtol=1e-6)
+    assert_equal(same, grads)
+    # q, k, v, gate, up and down, and again what is recomputed; back o, gate, up and down, where they have adapters
+    every = targets is ALL
+    again = {"none": 0, "selective": 2 * every, "full": 1 + every, "offload": 2 + every}[way]
+    assert stacked.count(False) == (6 if every else 4) + again
+    assert stacked.count(True) == (6 if every else 2)
+
+
+def test_a_row_that_was_long_goes_back_beside_short_ones(roomy_rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether weights are lent is the row's matter that passes; what it has left behind is not mistaken."""
+    model, rows = make(ALL, lora={"r": 16}), [pack(documents(lengths)) for lengths in ((9, 14), (3, 8))]
+    quantize(model.get_base_model().model)
+    found = []
+    for long, order in ((10**6, (0, 1)), (20, (0, 1)), (20, (1, 0))):
+        monkeypatch.setattr(fused_module, "LONG", long)
+        with packing(model, fuse=True, recompute="full"):
+            losses = [packed_loss(model, rows[i])[0] for i in order]
+            for loss in losses:
+                loss.backward()
+        found.append(gradients(model))
+    for grads in found[1:]:
+        assert_equal(grads, found[0])

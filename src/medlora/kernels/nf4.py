@@ -131,10 +131,12 @@ def _dequantize_kernel(
     offset: tl.tensor,
     out: tl.tensor,
     blocks: int,
+    row_blocks: int,
+    out_row: int,
     DOUBLE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ) -> None:
-    """Blocks [pid * BLOCKS, (pid + 1) * BLOCKS) of a flattened weight."""
+    """Blocks [pid * BLOCKS, (pid + 1) * BLOCKS) of a flattened weight, `row_blocks` of them a row."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < blocks
     if DOUBLE:
@@ -147,7 +149,9 @@ def _dequantize_kernel(
     packed = tl.load(codes + wide * 32 + tl.arange(0, 32)[None, :], inside[:, None], other=0).to(tl.int32)
     nibbles = tl.reshape(tl.join(packed >> 4, packed & 15), (BLOCKS * 64,))
     values = tl.reshape(tl.gather(nf4_values(), nibbles, 0), (BLOCKS, 64)) * scale[:, None]
-    tl.store(out + wide * 64 + tl.arange(0, 64)[None, :], values.to(out.dtype.element_ty), inside[:, None])
+    row = block // row_blocks
+    at = row.to(tl.int64) * out_row + (block - row * row_blocks) * 64
+    tl.store(out + at[:, None] + tl.arange(0, 64)[None, :], values.to(out.dtype.element_ty), inside[:, None])
 
 
 def dequantize_nf4(codes: Tensor, absmax: Tensor, out: Tensor, double: DoubleQuant | None = None) -> Tensor:
@@ -156,7 +160,7 @@ def dequantize_nf4(codes: Tensor, absmax: Tensor, out: Tensor, double: DoubleQua
     Args:
         codes: uint8, N * K / 2 bytes of any shape, contiguous.
         absmax: [N * K / 64], fp32, bf16 or fp16; uint8 with `double`.
-        out: [N, K] contiguous, fp32, bf16 or fp16. fp32 equals bitsandbytes bit for bit.
+        out: [N, K], contiguous or dense rows of whole blocks; fp32, bf16 or fp16. fp32 equals bitsandbytes bit for bit.
         double: the second quantisation, `DoubleQuant.of(quant_state)`; None where absmax is plain.
 
     Raises:
@@ -167,17 +171,19 @@ def dequantize_nf4(codes: Tensor, absmax: Tensor, out: Tensor, double: DoubleQua
             f"{codes.numel()} bytes and {absmax.numel()} scales do not make {tuple(out.shape)}: "
             f"expected {out.numel() // 2} bytes and {out.numel() // BLOCKSIZE} scales of {BLOCKSIZE} weights"
         )
-    if not (codes.is_contiguous() and absmax.is_contiguous() and out.is_contiguous()):
-        raise ValueError("codes, absmax and out must be contiguous")
+    whole = out.dim() == 2 and out.stride(1) == 1 and not out.shape[1] % BLOCKSIZE
+    if not (codes.is_contiguous() and absmax.is_contiguous() and (whole or out.is_contiguous())):
+        raise ValueError("codes and absmax must be contiguous, and out too or of rows of whole blocks")
     if absmax.dtype not in ((torch.float32, *NARROW) if double is None else (torch.uint8,)):
         raise ValueError(f"absmax of {absmax.dtype}: expected fp32, bf16 or fp16, or uint8 together with `double`")
     if not use_triton(out):
         scale = absmax if double is None else reference.dequantize_absmax(absmax, *double)
         return out.copy_(reference.dequantize_nf4(codes, scale).view(out.shape))
     code, outer, offset = double or (absmax, absmax, absmax)
-    grid = (ceil_div(absmax.numel(), PROGRAM_BLOCKS),)
-    _dequantize_kernel[grid](
-        codes, absmax, code, outer, offset, out, absmax.numel(),
+    blocks = absmax.numel()
+    rows = (out.shape[1] // BLOCKSIZE, out.stride(0)) if whole else (blocks, 0)
+    _dequantize_kernel[(ceil_div(blocks, PROGRAM_BLOCKS),)](
+        codes, absmax, code, outer, offset, out, blocks, *rows,
         DOUBLE=double is not None, BLOCKS=PROGRAM_BLOCKS, num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds the product before adding the offset
     )  # fmt: skip

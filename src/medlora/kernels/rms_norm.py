@@ -129,11 +129,11 @@ def _backward(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, room: int
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, room: int, grad_room: int
     ) -> tuple[Tensor, Tensor]:
         y, h, r = _forward(x, residual, weight, eps, room)
         ctx.save_for_backward(h, weight, r)
-        ctx.width = x.stride(0)
+        ctx.width = max(x.stride(0), x.shape[1] + grad_room)
         ctx.set_materialize_grads(False)
         return y, h
 
@@ -141,10 +141,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | None, ...]:
         h, weight, r = ctx.saved_tensors
         if dy is None:  # the norm was not used, only the sum
-            return dh, dh, None, None, None
+            return dh, dh, None, None, None, None
         dh = None if dh is None else _dense_rows(dh)
         dx, dw = _backward(dy.contiguous(), dh, h, weight, r, ctx.needs_input_grad[2], ctx.width)
-        return dx, dx if ctx.needs_input_grad[1] else None, dw, None, None
+        return dx, dx if ctx.needs_input_grad[1] else None, dw, None, None, None
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, room: int = 0
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, room: int = 0, grad_room: int = 0
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(h), h) with h = x + residual, in one pass; shapes and errors as `rms_norm`.
 
@@ -175,13 +175,14 @@ def add_rms_norm(
     Args:
         residual: as x in shape and dtype; None for zero.
         room: columns that are left free behind each row of the former, which then is a view.
+        grad_room: columns that the gradient has free at least.
     """
     if not use_triton(x):
         return reference.rms_norm(x, weight, eps, residual)
     flat = _dense_rows(x.reshape(-1, x.shape[-1]))
     other = None if residual is None else residual.reshape(flat.shape).contiguous()
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (flat, other, weight)):
-        y, h = _RMSNorm.apply(flat, other, weight, eps, room)
+        y, h = _RMSNorm.apply(flat, other, weight, eps, room, grad_room)
     else:  # autograd's bookkeeping would cost the host more than the launch
         y, h, _ = _forward(flat, other, weight, eps, room)
     return y.view(x.shape), h.view(x.shape)

@@ -30,7 +30,7 @@ Shapes: T tokens of the row, D inputs, H query heads, K key heads, C head size.
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -43,9 +43,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from medlora.kernels.attention import Documents, attention, flash_takes
 from medlora.kernels.dispatch import upload
 from medlora.kernels.embedding import gather_rows
+from medlora.kernels.product import LONG
 from medlora.kernels.rms_norm import add_rms_norm
 from medlora.model.graphs import ROUND, Graphs, Rows, Uncapturable
-from medlora.model.group import Group, Pass, Unfusable
+from medlora.model.group import Group, Pass
+from medlora.model.modules import Unfusable
 from medlora.model.offload import Offload
 
 FP8_CAPABILITY = (8, 9)
@@ -120,7 +122,7 @@ class Fused:
 
     def _hold(self) -> None:
         every = [group for groups in self.groups for group in groups]
-        needed = max(group.shape[0] * group.shape[1] for group in every)
+        needed = max(group.beside_elements for group in every)
         self.scratch = torch.empty(needed, dtype=self.dtype, device=self.device)
         for group in every:
             if self.keep:
@@ -168,6 +170,8 @@ class Fused:
         whole = -(-T // ROUND) * ROUND
         borders = graphs.padded(borders) if graphs else [*borders, whole] if whole > T else borders
         more = borders[-1] - T
+        for group in chain(*self.groups):  # a short row's launches cost more than its passes over memory
+            group.lends = T + more >= LONG and group.stackable
         x = gather_rows(self.model.embed_tokens.weight, F.pad(input_ids[0], (0, more)))
         row = self._row(x, F.pad(position_ids, (0, more)), borders)
         return SimpleNamespace(last_hidden_state=self._hidden(graphs, x, row)[None, :T])
@@ -231,7 +235,12 @@ class Fused:
 
     def _recomputed_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         rest, groups = partial(self._from_norm, row, index), self.groups[index]
-        return _recomputed(x, residual, self.model.layers[index].input_layernorm, rest, groups)
+        room = self._room_before(index)
+        return _recomputed(x, residual, self.model.layers[index].input_layernorm, rest, groups, room)
+
+    def _room_before(self, index: int) -> int:
+        """Behind the gradient of what the layer before has added."""
+        return self.groups[index - 1][3].room if index else 0
 
     def _offloaded_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         layer, groups, attend, mlp = (
@@ -240,10 +249,12 @@ class Fused:
             partial(self._attention, row, index),
             partial(self._mlp, row, index),
         )
-        x, residual = _recomputed(x, residual, layer.input_layernorm, attend, groups[:2], row.offload)
+        first, room = layer.input_layernorm, self._room_before(index)
+        x, residual = _recomputed(x, residual, first, attend, groups[:2], room, row.offload)
+        second = layer.post_attention_layernorm
         if index == len(self.groups) - 1:  # as for a last layer
-            return self._mlp(row, index, *_norm(x, residual, layer.post_attention_layernorm))
-        return _recomputed(x, residual, layer.post_attention_layernorm, mlp, groups[2:], row.offload)
+            return self._mlp(row, index, *_norm(x, residual, second, groups[2].room))
+        return _recomputed(x, residual, second, mlp, groups[2:], groups[1].room, row.offload)
 
     def _selective_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         """As `_layer`; norms and the gate-up product are made again when the backward asks for them."""
@@ -251,15 +262,16 @@ class Fused:
         qkv, o, gate_up, down = self.groups[index]
         cheap = _Cheap()
         with saved_tensors_hooks(cheap.pack, cheap.unpack):
-            y, first = _norm(x, residual, layer.input_layernorm)
+            y, first = _norm(x, residual, layer.input_layernorm, qkv.room)
             cheap.add(y, lambda: _norm(first.detach(), None, layer.input_layernorm)[0])
             heads = attention(
                 qkv(y, self._pass(row, index, 0, lean=True)), row.documents, self.heads, layer.self_attn.scaling
             )
-            y, h = _norm(o(heads, self._pass(row, index, 1, lean=True)), first, layer.post_attention_layernorm)
+            added = o(heads, self._pass(row, index, 1, lean=True))
+            y, h = _norm(added, first, layer.post_attention_layernorm, gate_up.room)
 
             def normed() -> Tensor:
-                return _norm(h.detach(), None, layer.post_attention_layernorm)[0]
+                return _norm(h.detach(), None, layer.post_attention_layernorm, gate_up.room)[0]
 
             how = self._pass(row, index, 2, lean=True)
             cheap.add(y, normed)
@@ -293,9 +305,15 @@ class _Recomputed(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, norm: Any, rest: Any, offload: Offload | None, *masters: Tensor
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        norm: Callable[..., tuple[Tensor, Tensor]],
+        rest: Any,
+        offload: Offload | None,
+        *masters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        y, h = _norm(x, residual, norm)
+        y, h = norm(x, residual)
         ctx.norm, ctx.rest, ctx.offload, ctx.device, ctx.masters = norm, rest, offload, h.device, masters
         if not offload:
             ctx.save_for_backward(h)
@@ -309,7 +327,7 @@ class _Recomputed(Function):
         kept = ctx.offload.fetch(ctx.place, ctx.device) if ctx.offload else ctx.saved_tensors[0]
         h = kept.detach().requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad():
-            found = ctx.rest(*_norm(h, None, ctx.norm), again=True)
+            found = ctx.rest(*ctx.norm(h, None), again=True)
         asked = [y.requires_grad for y in found]
         to = [h, *ctx.masters] if h.requires_grad else list(ctx.masters)
         got = torch.autograd.grad(tuple(compress(found, asked)), to, tuple(compress(grads, asked))) if to else ()
@@ -318,17 +336,24 @@ class _Recomputed(Function):
 
 
 def _recomputed(
-    x: Tensor, residual: Tensor | None, norm: Any, rest: Any, groups: Sequence[Group], offload: Offload | None = None
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Any,
+    rest: Any,
+    groups: Sequence[Group],
+    grad_room: int,
+    offload: Offload | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `rest` after the norm; `groups` are those it passes."""
+    """As `rest` after the norm; `groups` are those it passes, `grad_room` is behind the gradient in x."""
     masters = [master for group in groups for master in group.masters]
-    found: tuple[Tensor, Tensor] = _Recomputed.apply(x, residual, norm, rest, offload, *masters)
+    normed = partial(_norm, norm=norm, room=groups[0].room, grad_room=grad_room)
+    found: tuple[Tensor, Tensor] = _Recomputed.apply(x, residual, normed, rest, offload, *masters)
     return found
 
 
-def _norm(x: Tensor, residual: Tensor | None, norm: Any, room: int = 0) -> tuple[Tensor, Tensor]:
+def _norm(x: Tensor, residual: Tensor | None, norm: Any, room: int = 0, grad_room: int = 0) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum)."""
-    return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon, room)
+    return add_rms_norm(x, residual, norm.weight, norm.variance_epsilon, room, grad_room)
 
 
 def _layer_groups(layer: Any, dtype: torch.dtype, fp8: bool) -> tuple[Group, Group, Group, Group]:

@@ -7,8 +7,9 @@ The weights of a group are dequantised side by side into a buffer that all group
 it inside its own float32 accumulator: the sum is rounded once. Backward, it is added last unless it is dropped out:
 products with W run a tenth slower when they add.
 
-With `keep` the weights stay dequantised, two bytes each, and the adapters' copies lie beside them, so that one product
-takes both terms along, wherever x has room for h behind its columns, and g for dh:
+With `keep` the weights stay dequantised, two bytes each, and the adapters' copies lie beside them, as in that buffer
+while long rows pass, so that one product takes both terms along, wherever x has room for h behind its columns, and g
+for dh:
 
     y = [x, h] [W, B]'    h = s dropout(x) A'        dx = [g, dh] [[W], [A]]    dh = s g B
 
@@ -34,31 +35,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from medlora.kernels.dropout import dropout
 from medlora.kernels.fp8 import fp8_linear, quantize_rows
-from medlora.kernels.nf4 import DoubleQuant, dequantize_nf4, stored_scales
+from medlora.kernels.nf4 import BLOCKSIZE, dequantize_nf4, stored_scales
 from medlora.kernels.product import matmul
 from medlora.kernels.swiglu import RANKS, swiglu, swiglu_adapted_backward, swiglu_backward
+from medlora.model.modules import Unfusable, adapter_of, quantisation_of
 
 FP8_MULTIPLE = 16  # of a width, which the tensor cores ask for
 ALIGNED = 8  # elements of a row: 16 bytes, by which the products read
 Codes = tuple[Tensor, Tensor]
-
-
-class Unfusable(Exception):
-    """The fused path does not know this model; the message says why."""
-
-
-class Adapter(NamedTuple):
-    """What a PEFT layer adds: scaling * dropout(x) a' b'."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-    dropout: float
 
 
 class Pass(NamedTuple):
@@ -94,7 +83,7 @@ class Group:
         self, modules: list[Any], dtype: torch.dtype, *, gated: Group | None = None, fp8: bool = False
     ) -> None:
         self.bases: list[Any] = [getattr(module, "base_layer", module) for module in modules]
-        self.adapters = [_adapter(module) for module in modules]
+        self.adapters = [adapter_of(module) for module in modules]
         self.gated, self.fp8 = gated, fp8
         self.read_gated = False
         if gated is not None:
@@ -103,7 +92,7 @@ class Group:
         self.shape: tuple[int, int] = (sum(self.sizes), self.bases[0].in_features)
         if fp8 and any(size % FP8_MULTIPLE for size in self.shape):
             raise Unfusable(f"FP8 takes widths that are multiples of {FP8_MULTIPLE}, not {self.shape}")
-        self.doubles = [_quantisation(base, dtype) for base in self.bases]
+        self.doubles = [quantisation_of(base, dtype) for base in self.bases]
         biases = [base.bias for base in self.bases]
         if any(b is None for b in biases) != all(b is None for b in biases):
             raise Unfusable("only some of the modules that share an input have a bias")
@@ -113,6 +102,8 @@ class Group:
         self.kept_codes: tuple[Codes, Codes] | None = None
         self.beside: Tensor | None = None
         """The kept weights and the adapters: [[W, scattered b], [a, 0]], [N + R, D + R]."""
+        self.lends = False
+        """Weights that are not kept are dequantised beside copies of the adapters."""
         self.b_grads: Tensor | None = None
         """Every b's gradient of the backward pass that is due, where the group that reads this one's output made it."""
         self._check_adapters()
@@ -161,16 +152,49 @@ class Group:
     def room(self) -> int:
         """How many columns beside this group's inputs and outputs its products take along: R where the weights lie
         beside the adapters, else none."""
-        return 0 if self.beside is None else len(self.a)
+        return len(self.a) if self.beside is not None or self.lends else 0
+
+    @property
+    def beside_elements(self) -> int:
+        """Of the weights and the adapters beside them, or of the weights alone where no product can take both."""
+        (N, D), R = self.shape, len(self.a) if self.stackable else 0
+        return (N + R) * (D + R)
+
+    @property
+    def stackable(self) -> bool:
+        (N, D), ranks = self.shape, map(len, self.masters[::2])
+        odd = D % BLOCKSIZE or any(size % ALIGNED for size in (N, *ranks))
+        return bool(self.parts) and not (self.fp8 or self._serves_itself or odd)
+
+    def stacked(self, scratch: Tensor, *, back: bool) -> Tensor:
+        """[W, scattered b] [N, D + R], or with `back` [[W], [a]] [N + R, D], in `scratch` unless they are kept."""
+        (N, D), R = self.shape, len(self.a)
+        if self.beside is not None:
+            return self.beside[:, :D] if back else self.beside[:N]
+        out = scratch[: (N + R) * (D + R)].view(N + R, D + R)
+        self._write_weight(out[:N, :D])
+        if back:
+            out[N:, :D] = self.a
+            return out[:, :D]
+        if len(self.sizes) > 1:
+            out[:N, D:] = 0
+        torch._foreach_copy_([out[c, D:][:, r] for c, r, _ in self.parts], [b for *_, b in self.parts])
+        return out[:N]
 
     def weight(self, scratch: Tensor) -> Tensor:
         """The frozen weights [N, D], in `scratch` unless they are kept or one plain weight can serve."""
         if self.kept is not None:
             return self.kept
-        if len(self.bases) == 1 and self.doubles[0] is None:
+        if self._serves_itself:
             plain: Tensor = self.bases[0].weight
             return plain
-        out = scratch[: self.shape[0] * self.shape[1]].view(self.shape)
+        return self._write_weight(scratch[: self.shape[0] * self.shape[1]].view(self.shape))
+
+    @property
+    def _serves_itself(self) -> bool:
+        return len(self.bases) == 1 and self.doubles[0] is None
+
+    def _write_weight(self, out: Tensor) -> Tensor:
         for base, double, rows in zip(self.bases, self.doubles, out.split(self.sizes), strict=True):
             if double is None:
                 rows.copy_(base.weight)
@@ -180,18 +204,17 @@ class Group:
 
     def keep(self, scratch: Tensor) -> None:
         """Hold the frozen weights as the products take them."""
+        if self.stackable:
+            (N, D), R = self.shape, len(self.a)
+            self.beside = scratch.new_zeros(N + R, D + R)
+            self.kept = self._write_weight(self.beside[:N, :D])
+            self._place_adapters(self.beside)
+            return
         w = self.weight(scratch)
         if self.fp8:
             self.kept_codes = quantize_rows(w), quantize_rows(w.t())
-        elif w.data_ptr() != scratch.data_ptr():
-            self.kept = w
-        elif self.parts and not any(size % ALIGNED for size in (*self.shape, *map(len, self.masters[::2]))):
-            (N, D), R = self.shape, len(self.a)
-            self.beside = w.new_zeros(N + R, D + R)
-            self.kept = self.beside[:N, :D].copy_(w)
-            self._place_adapters(self.beside)
         else:
-            self.kept = w.clone()
+            self.kept = w if self._serves_itself else w.clone()
 
     def release(self) -> None:
         self.kept = self.kept_codes = None
@@ -231,10 +254,10 @@ class Group:
         if how.discard:
             return self._nothing(x), dropped, h_TR
         y = roomy(x, 0 if how.p else self.room, self.shape[0])
-        if both is None or self.beside is None:
+        if both is None:
             y = self.product(inner, how.scratch, self.adapted(h_TR, y))
         else:
-            matmul(both, self.beside[: self.shape[0]].t(), y)
+            matmul(both, self.stacked(how.scratch, back=False).t(), y)
         behind = self.behind(y)
         if behind is not None:
             behind.copy_(h_TR)
@@ -305,7 +328,8 @@ class _Linear(Function):
             h_TR = h_TR.contiguous()  # beside a tensor that is not kept it would keep that too
         ctx.save_for_backward(x if again else dropped, h_TR)
         ctx.group, ctx.how, ctx.again = group, how, again
-        ctx.dropped = dropped if how.discard else None  # then the backward pass is next
+        # the backward pass is next then, and SwiGLU's own makes what it needs
+        ctx.dropped = None if not how.discard or (group.gated and _makes(h_TR, how)) else dropped
         return y
 
     @staticmethod
@@ -337,8 +361,8 @@ class _Linear(Function):
 
 def _to_input(group: Group, grad: Tensor, both: Tensor | None, dh_TR: Tensor | None, how: Pass) -> Tensor:
     """The gradient in the group's input, before SwiGLU; `both`: grad with dh_TR beside it, where it has room."""
-    if both is not None and group.beside is not None:
-        return matmul(both, group.beside[:, : group.shape[1]])
+    if both is not None:
+        return matmul(both, group.stacked(how.scratch, back=True))
     onto = None if dh_TR is None or not how.p else how.dropout(dh_TR @ group.a)
     dx = group.product(grad, how.scratch, onto, back=True)
     return dx if dh_TR is None or onto is not None else dx.addmm_(dh_TR, group.a)
@@ -350,13 +374,18 @@ def _through_swiglu(below: Group, grad: Tensor, x: Tensor, how: Pass, dh_TR: Any
     x = x.detach()
     gate, up = x.chunk(2, 1)
     missing = dh_TR is not None and da is None
-    if missing and not how.p and dh_TR.shape[1] in RANKS:
+    if missing and _makes(dh_TR, how):
         h_TR = below.behind(x)
         h_TR = h_TR if h_TR is not None and h_TR.shape[1] // 2 in RANKS else None
         da, below.b_grads = swiglu_adapted_backward(grad, gate, up, dh_TR, h_TR)
         return x, da
     swiglu_backward(grad, gate, up, gate, up, grad if missing else None)
     return x, _float32_product(torch.mm, dh_TR.t(), how.dropout(grad)) if missing else da
+
+
+def _makes(h_TR: Tensor | None, how: Pass) -> bool:
+    """Whether SwiGLU's backward pass makes a's gradient too."""
+    return h_TR is not None and not how.p and h_TR.shape[1] in RANKS
 
 
 def roomy(x: Tensor, room: int, width: int | None = None) -> Tensor:
@@ -381,48 +410,3 @@ def _float32_product(product: Callable[..., Tensor], a: Tensor, b: Tensor) -> Te
     wide = {"out_dtype": torch.float32} if a.is_cuda and a.dtype != torch.float32 else {}
     c: Tensor = product(a, b, **wide)
     return c.float()
-
-
-def _adapter(module: Any) -> Adapter | None:
-    """The active adapter of a PEFT LoRA layer.
-
-    Raises:
-        Unfusable: more than one, or a kind with other mathematics.
-    """
-    if not hasattr(module, "base_layer"):
-        return None
-    if not hasattr(module, "lora_A"):
-        raise Unfusable(f"{type(module).__name__} is not LoRA")
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    if module.disable_adapters or module.merged or not active:
-        return None
-    name = active[0]
-    if len(active) > 1:
-        raise Unfusable("several adapters are active")
-    if name in module.lora_variant or module.lora_bias.get(name):
-        raise Unfusable("the adapter is a variant of LoRA (DoRA, biases, ...)")
-    drop = module.lora_dropout[name]
-    p = drop.p if isinstance(drop, nn.Dropout) else 0.0
-    return Adapter(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], p)
-
-
-def _quantisation(base: Any, dtype: torch.dtype) -> tuple[DoubleQuant | None] | None:
-    """None for a plain weight; for NF4 a 1-tuple of its second quantisation, if it has one.
-
-    Raises:
-        Unfusable: a weight that is trained or stored otherwise.
-    """
-    weight = base.weight
-    state = getattr(weight, "quant_state", None)
-    if weight.requires_grad:
-        raise Unfusable("base weights are trained")
-    if state is None:
-        if type(base) is not nn.Linear or weight.dtype != dtype:
-            raise Unfusable(f"{type(base).__name__} in {weight.dtype} is neither NF4 nor a plain {dtype} weight")
-        return None
-    if weight.dtype != torch.uint8 or base.in_features * base.out_features % 64:
-        raise Unfusable("4-bit codes stored otherwise than as bytes in whole blocks")
-    try:
-        return (DoubleQuant.of(state),)
-    except ValueError as error:
-        raise Unfusable(str(error)) from None

@@ -22,7 +22,7 @@ from medlora.kernels.attention import by_document
 from medlora.kernels.cross_entropy import linear_cross_entropy
 from medlora.model.base import FAMILIES
 from medlora.model.fused import Fused
-from medlora.model.group import Unfusable
+from medlora.model.modules import Unfusable
 
 ATTENTION = "medlora_varlen"
 Batch = dict[str, Any]
