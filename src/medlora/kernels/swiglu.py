@@ -27,7 +27,8 @@ from .dispatch import ceil_div, jit, same_layout, tl, use_triton
 
 BLOCK = 1024  # elements a program: 8 a thread, one 16-byte access in bf16
 RANKS = (16, 32, 64)  # that the tensor cores take and registers hold
-SHARES = 6  # of the rows, for each of the blocks of columns: four programs a multiprocessor at 11,008
+SHARES = 6  # of the rows, for each block of columns: four programs a multiprocessor at 11,008 columns
+PROGRAMS = 256  # at least, if there are rows for so many: narrow models have few columns
 
 
 @jit
@@ -246,11 +247,12 @@ def swiglu_adapted_backward(
         h_g, h_u = h.float().chunk(2, 1)
         return da, torch.stack([gate.float().t() @ h_g, up.float().t() @ h_u])
     rows, columns = 64, 128
-    share = ceil_div(ceil_div(T, SHARES), rows) * rows
+    blocks = ceil_div(F, columns)
+    share = ceil_div(ceil_div(T, max(SHARES, ceil_div(PROGRAMS, blocks))), rows) * rows
     parts = ceil_div(T, share)
     da = torch.empty(parts, R, F, dtype=torch.float32, device=gate.device)
     db = None if h is None else torch.empty(parts, 2, F, Q, dtype=torch.float32, device=gate.device)
-    _adapted_kernel[(ceil_div(F, columns), parts)](
+    _adapted_kernel[(blocks, parts)](
         grad, gate, up, dh, dh if h is None else h, da, da if db is None else db,
         grad.stride(0), gate.stride(0), dh.stride(0), 0 if h is None else h.stride(0), T, F, share,
         R=R, Q=Q or R, FEEDS=h is not None, ROWS=rows, COLUMNS=columns, num_warps=8,
