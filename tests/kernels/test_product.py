@@ -29,6 +29,67 @@ def test_short_rows_and_other_devices(T, transposed, device, close):
     close(out, expected, roundings=2)
 
 
+class Timed:
+    """A product whose offers take 3, 1 and 2 s a row; some fail, and a device that has not come so far yet is waited
+    for by nobody."""
+
+    def __init__(self, monkeypatch, failing=()):
+        self.now, self.done, self.ran = 0.0, True, []
+        self.product = object.__new__(product._Product)
+        self.product.offers, self.product.turns, self.product.chosen = [3, 1, 2], [], None
+
+        def run(offer, x, w, y):
+            if offer in failing:
+                raise product._Failed("status 15")
+            self.now += offer * len(x)
+            self.ran.append(offer)
+
+        self.product._run = run
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+
+    def __call__(self, times, T=7):
+        for _ in range(times):
+            self.product(torch.empty(T, 2), None, None)
+
+
+class Event:
+    def __init__(self, clock):
+        self.clock = clock
+
+    def record(self):
+        self.at = self.clock.now
+
+    def query(self):
+        return self.clock.done
+
+    def elapsed_time(self, after):
+        return after.at - self.at
+
+
+def test_the_fastest_serves_once_all_are_timed(monkeypatch):
+    timed = Timed(monkeypatch)
+    timed.done = False
+    timed(3 * TURNS // 2)
+    timed(2 * TURNS, T=70)  # longer rows take longer by any
+    assert timed.product.chosen is None and set(timed.ran) == {1, 2, 3}
+    timed.done = True
+    timed(4)
+    assert timed.ran[-4:] == [1] * 4 and not timed.product.turns
+
+
+def test_an_algorithm_that_fails_takes_no_further_turn(monkeypatch):
+    timed = Timed(monkeypatch, failing=(1, 2))
+    for _ in range(2):
+        with pytest.raises(product._Failed):
+            timed(2)
+    timed(2 * TURNS)
+    assert set(timed.ran) == {3} and timed.product.chosen == 3
+    timed = Timed(monkeypatch, failing=(1, 2, 3))
+    for _ in range(4):
+        with pytest.raises(product._Failed):
+            timed(1)
+
+
 @pytest.fixture
 def anew(monkeypatch):
     monkeypatch.setattr(product, "PRODUCTS", {})
@@ -78,7 +139,7 @@ def test_a_capture_is_left_alone(anew):
 def test_torch_serves_where_cublaslt_does_not(broken, anew, monkeypatch):
     x, w, out = operands(LONG, 64, 64, True, "cuda", torch.bfloat16)
     if broken == "no library":
-        monkeypatch.setattr(product, "_library", lambda: None)
+        monkeypatch.setattr(product, "_library", lambda device: None)
     elif broken == "no algorithm":
         monkeypatch.setattr(product, "OFFERED", 0)
     else:

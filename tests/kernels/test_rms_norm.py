@@ -67,6 +67,27 @@ def test_many_rows(device, close):
     close(weight.grad, w32.grad, roundings=4)  # sums of 2049 terms in another order
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_rows_with_something_behind_them(added, dtype, device, close):
+    """In x, and room behind the norm and behind the gradient, which is as wide as x's rows at least."""
+    x, residual, weight, dy, dh = inputs(3, 96, dtype, device)
+    other = residual if added else None
+    plain = x.clone().requires_grad_()
+    expected = add_rms_norm(plain, other, weight, EPS)
+    torch.autograd.backward(expected, (dy, dh))
+    buffer = torch.randn(3, 104, device=device).to(dtype)
+    buffer[:, :96] = x
+    apart = buffer[:, :96].requires_grad_()
+    widths = []
+    apart.register_hook(lambda grad: widths.append(grad.stride(0)))
+    found = add_rms_norm(apart, other, weight, EPS, room=16, grad_room=24)
+    wide = torch.randn(3, 112, device=device).to(dtype)
+    wide[:, :96] = dh
+    torch.autograd.backward(found, (dy, wide[:, :96]))
+    assert all(map(torch.equal, found, expected)) and torch.equal(apart.grad, plain.grad)
+    assert found[0].stride(0) == 112 and widths == [120]
+
+
 def test_only_the_sum_is_used(device):
     x, residual, weight, _, dh = inputs(3, 96, torch.float32, device)
     x.requires_grad_()

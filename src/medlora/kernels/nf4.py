@@ -150,7 +150,7 @@ def _dequantize_kernel(
     nibbles = tl.reshape(tl.join(packed >> 4, packed & 15), (BLOCKS * 64,))
     values = tl.reshape(tl.gather(nf4_values(), nibbles, 0), (BLOCKS, 64)) * scale[:, None]
     row = block // row_blocks
-    at = row.to(tl.int64) * out_row + (block - row * row_blocks) * 64
+    at = row.to(tl.int64) * out_row + (block - row * row_blocks).to(tl.int64) * 64
     tl.store(out + at[:, None] + tl.arange(0, 64)[None, :], values.to(out.dtype.element_ty), inside[:, None])
 
 

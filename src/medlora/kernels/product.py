@@ -70,15 +70,15 @@ class _Library:
 
 
 @cache
-def _library() -> _Library | None:
-    """None without CUDA's own."""
+def _library(device: torch.device) -> _Library | None:
+    """With a handle of the device, which is the current one; None without CUDA's own."""
     with suppress(OSError, _Failed):
         return _Library(ctypes.CDLL(f"libcublasLt.so.{(torch.version.cuda or '').split('.')[0]}"))
     return None
 
 
 @cache
-def _workspace(device: torch.device) -> Tensor:
+def _workspace(device: torch.device, stream: int) -> Tensor:
     return torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
 
 
@@ -102,7 +102,7 @@ class _Product:
         self.chosen: _Offer | None = self.offers[0] if len(self.offers) == 1 else None
 
     def _offers(self, x: Tensor, w: Tensor, y: Tensor) -> list[_Offer]:
-        """cuBLAS's choices, best first, that give the same bits as its first."""
+        """cuBLAS's choices, best first, that give the bits of its first, by random rows: those at hand may be zero."""
         preference = self.library.made("cublasLtMatmulPreferenceCreate")
         self.library.call(
             "cublasLtMatmulPreferenceSetAttribute", preference, c_int(MAX_WORKSPACE), byref(c_uint64(WORKSPACE)),
@@ -116,10 +116,14 @@ class _Product:
         )  # fmt: skip
         results: list[Tensor] = []
         same: list[_Offer] = []
+        draw = torch.Generator(x.device).manual_seed(0)
+        rows, before = (
+            torch.empty(PROVEN, t.shape[1], dtype=t.dtype, device=t.device).normal_(generator=draw) for t in (x, y)
+        )
         for offer in found[: count.value]:
-            result = y[:PROVEN].clone() if self.adds else y.new_empty(min(PROVEN, len(y)), y.shape[1])
+            result = before.clone()
             with suppress(_Failed):
-                self._run(offer, x[:PROVEN], w, result)
+                self._run(offer, rows, w, result)
                 if not results or torch.equal(results[0], result):
                     same.append(offer)
                     results = results or [result]
@@ -143,12 +147,11 @@ class _Product:
 
     def _run(self, offer: _Offer, x: Tensor, w: Tensor, y: Tensor) -> None:
         a, b, c = self._layouts(x, w, y)
-        out = c_void_p(y.data_ptr())
+        out, stream = c_void_p(y.data_ptr()), torch.cuda.current_stream(x.device).cuda_stream
         self.library.call(
             "cublasLtMatmul", self.library.handle, self.how, byref(c_float(1)), c_void_p(w.data_ptr()), a,
             c_void_p(x.data_ptr()), b, byref(self.adds), out, c, out, c, byref(offer.algorithm),
-            c_void_p(_workspace(x.device).data_ptr()), c_size_t(WORKSPACE),
-            c_void_p(torch.cuda.current_stream(x.device).cuda_stream),
+            c_void_p(_workspace(x.device, stream).data_ptr()), c_size_t(WORKSPACE), c_void_p(stream),
         )  # fmt: skip
 
     def __call__(self, x: Tensor, w: Tensor, y: Tensor) -> None:
@@ -157,30 +160,36 @@ class _Product:
         Raises:
             _Failed: nothing has been written then.
         """
-        if self.chosen is None and self._all_timed():
-            self.chosen = self._fastest()
+        if self.chosen is None:
+            self._choose()
         if self.chosen is not None:
             self._run(self.chosen, x, w, y)
             return
+        if not self.offers:
+            raise _Failed("no algorithm is left")
         turn = len(self.turns) % len(self.offers)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
-        self._run(self.offers[turn], x, w, y)
+        try:
+            self._run(self.offers[turn], x, w, y)
+        except _Failed:  # of this length, say
+            del self.offers[turn]
+            self.turns = []
+            raise
         after.record()
         self.turns.append((turn, len(x), before, after))
 
-    def _all_timed(self) -> bool:
-        """Without waiting for the device."""
-        last = TURNS * len(self.offers)
-        return len(self.turns) >= last and self.turns[last - 1][3].query()
-
-    def _fastest(self) -> _Offer:
+    def _choose(self) -> None:
+        """The fastest, once all are timed; without waiting for the device."""
+        turns = self.turns[: TURNS * len(self.offers)]
+        if not turns or len(turns) < TURNS * len(self.offers) or not turns[-1][3].query():
+            return
         times: list[list[float]] = [[] for _ in self.offers]
-        for turn, rows, before, after in self.turns[: TURNS * len(self.offers)]:
+        for turn, rows, before, after in turns:
             times[turn].append(before.elapsed_time(after) / rows)
-        self.turns = []
         medians = [statistics.median(each) for each in times]
-        return self.offers[medians.index(min(medians))]
+        self.chosen = self.offers[medians.index(min(medians))]
+        self.turns = []
 
 
 PRODUCTS: dict[tuple[Any, ...], _Product | None] = {}
@@ -189,7 +198,7 @@ PRODUCTS: dict[tuple[Any, ...], _Product | None] = {}
 def _product(x: Tensor, w: Tensor, y: Tensor, adds: bool) -> _Product | None:
     key = (x.device, x.dtype, w.shape, w.stride(0) == 1, adds)
     if key not in PRODUCTS:
-        library = _library()
+        library = _library(x.device)
         PRODUCTS[key] = None
         with suppress(_Failed):
             PRODUCTS[key] = _Product(library, x, w, y, adds) if library else None
@@ -205,11 +214,11 @@ def matmul(x: Tensor, w: Tensor, out: Tensor | None = None, *, adds: bool = Fals
         out: [T, N], as x.
     """
     y = x.new_empty(len(x), w.shape[1]) if out is None else out
-    aligned = not (x.data_ptr() | w.data_ptr() | y.data_ptr()) % ALIGNED
-    if x.is_cuda and len(x) >= LONG and x.dtype in TYPES and aligned and not torch.cuda.is_current_stream_capturing():
-        product = _product(x, w, y, adds)
-        if product:
-            with suppress(_Failed):
+    if x.is_cuda and len(x) >= LONG and x.dtype in TYPES and not torch.cuda.is_current_stream_capturing():
+        alike = x.dtype == w.dtype == y.dtype and not (x.data_ptr() | w.data_ptr() | y.data_ptr()) % ALIGNED
+        with torch.cuda.device(x.device), suppress(_Failed):
+            product = _product(x, w, y, adds) if alike else None
+            if product:
                 product(x, w, y)
                 return y
     return torch.addmm(y, x, w, out=y) if adds else torch.mm(x, w, out=y)

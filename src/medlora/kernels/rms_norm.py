@@ -69,6 +69,7 @@ def _backward_kernel(
     dx: tl.tensor,
     dw: tl.tensor,
     dh_row: int,
+    h_row: int,
     dx_row: int,
     T: int,
     D: int,
@@ -85,7 +86,7 @@ def _backward_kernel(
     for row in range(first, T, tl.num_programs(0)):
         g = tl.load(dy + row * D + col, inside, other=0.0).to(tl.float32)
         r = tl.load(rms + row)
-        normed = tl.load(h + row * D + col, inside, other=0.0).to(tl.float32) * r
+        normed = tl.load(h + row * h_row + col, inside, other=0.0).to(tl.float32) * r
         if WEIGHT:
             share += g * normed.to(dx.dtype.element_ty).to(tl.float32)
         g *= w
@@ -120,7 +121,7 @@ def _backward(
     dw = torch.empty(programs, D, dtype=torch.float32, device=h.device) if weight_grad else None
     more = dy if dh is None else dh
     _backward_kernel[(programs,)](
-        dy, more, h, weight, r, dx, r if dw is None else dw, more.stride(0), width, T, D,
+        dy, more, h, weight, r, dx, r if dw is None else dw, more.stride(0), h.stride(0), width, T, D,
         RESIDUAL=dh is not None, WEIGHT=weight_grad, **row_launch(D),
     )  # fmt: skip
     return dx, None if dw is None else dw.sum(0).to(weight.dtype)

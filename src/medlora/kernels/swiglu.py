@@ -246,7 +246,7 @@ def swiglu_adapted_backward(
             return da, None
         h_g, h_u = h.float().chunk(2, 1)
         return da, torch.stack([gate.float().t() @ h_g, up.float().t() @ h_u])
-    rows, columns = 64, 128
+    rows, columns = (64, 128) if gate.element_size() == 2 else (32, 64)  # what shared memory holds
     blocks = ceil_div(F, columns)
     share = ceil_div(ceil_div(T, max(SHARES, ceil_div(PROGRAMS, blocks))), rows) * rows
     parts = ceil_div(T, share)
