@@ -373,6 +373,7 @@ def _through_swiglu(below: Group, grad: Tensor, x: Tensor, how: Pass, dh_TR: Any
     there is one). `below` is the group that made gate and up, whose b's gradients are made on the way."""
     x = x.detach()
     gate, up = x.chunk(2, 1)
+    below.b_grads = None  # of a backward pass that broke off
     missing = dh_TR is not None and da is None
     if missing and _makes(dh_TR, how):
         h_TR = below.behind(x)
