@@ -144,6 +144,23 @@ def test_what_lies_beside_goes_with_the_kept_weights() -> None:
     assert group.room == 0 and all(map(torch.equal, before, group.copies))
 
 
+def test_weights_kept_once_are_not_kept_again() -> None:
+    group = _layer_groups(layer(ALL, "cpu"), torch.float32, False)[2]
+    scratch = kept([group], torch.float32, "cpu")
+    before = group.beside
+    group.keep(scratch)
+    assert group.beside is before
+    assert group.room_before(True) == group.room == 16  # nothing is dropped out
+
+
+def test_what_is_dropped_out_is_dense() -> None:
+    group = _layer_groups(layer(ALL, "cpu", lora_dropout=0.1), torch.float32, False)[3]
+    kept([group], torch.float32, "cpu")
+    gate_up = torch.randn(5, 2 * group.shape[1])
+    assert group.room_before(True) == 0 and group.room_before(False) == group.room > 0
+    assert group.input(gate_up, 0.1).is_contiguous() and not group.input(gate_up).is_contiguous()
+
+
 def test_a_tensor_without_room_is_not_widened() -> None:
     assert widened(torch.empty(4, 6), 2) is None
     roomy = group_module.roomy(torch.empty(4, 6), 2)

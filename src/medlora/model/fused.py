@@ -122,6 +122,7 @@ class Fused:
 
     def _hold(self) -> None:
         every = [group for groups in self.groups for group in groups]
+        self.copies, self.graphs = [], None  # they hold what is let go of here
         needed = max(group.beside_elements for group in every)
         self.scratch = torch.empty(needed, dtype=self.dtype, device=self.device)
         for group in every:
@@ -170,8 +171,6 @@ class Fused:
         whole = -(-T // ROUND) * ROUND
         borders = graphs.padded(borders) if graphs else [*borders, whole] if whole > T else borders
         more = borders[-1] - T
-        for group in chain(*self.groups):  # a short row's launches cost more than its passes over memory
-            group.lends = T + more >= LONG and group.stackable
         x = gather_rows(self.model.embed_tokens.weight, F.pad(input_ids[0], (0, more)))
         row = self._row(x, F.pad(position_ids, (0, more)), borders)
         return SimpleNamespace(last_hidden_state=self._hidden(graphs, x, row)[None, :T])
@@ -187,6 +186,8 @@ class Fused:
 
     def _stack(self, x: Tensor, row: Row) -> Tensor:
         """All layers and the final norm."""
+        for group in chain(*self.groups):  # a short row's launches cost more than its passes over memory
+            group.lends = len(x) >= LONG and group.stackable
         if self.masters:
             with torch.no_grad():
                 torch._foreach_copy_(self.copies, self.masters)
@@ -215,12 +216,12 @@ class Fused:
 
     def _layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         """(what the layer adds, the residual it adds to); x likewise belongs onto `residual`."""
-        y, h = _norm(x, residual, self.model.layers[index].input_layernorm, self.groups[index][0].room)
+        y, h = _norm(x, residual, self.model.layers[index].input_layernorm, self._room(row, index, 0))
         return self._from_norm(row, index, y, h)
 
     def _from_norm(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
         added, h = self._attention(row, index, y, h)
-        y, h = _norm(added, h, self.model.layers[index].post_attention_layernorm, self.groups[index][2].room)
+        y, h = _norm(added, h, self.model.layers[index].post_attention_layernorm, self._room(row, index, 2))
         return self._mlp(row, index, y, h, again)
 
     def _attention(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
@@ -235,8 +236,12 @@ class Fused:
 
     def _recomputed_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         rest, groups = partial(self._from_norm, row, index), self.groups[index]
-        room = self._room_before(index)
-        return _recomputed(x, residual, self.model.layers[index].input_layernorm, rest, groups, room)
+        rooms = self._room(row, index, 0), self._room_before(index)
+        return _recomputed(x, residual, self.model.layers[index].input_layernorm, rest, groups, rooms)
+
+    def _room(self, row: Row, index: int, place: int) -> int:
+        """Behind what a group of the layer reads."""
+        return self.groups[index][place].room_before(row.dropping)
 
     def _room_before(self, index: int) -> int:
         """Behind the gradient of what the layer before has added."""
@@ -249,12 +254,13 @@ class Fused:
             partial(self._attention, row, index),
             partial(self._mlp, row, index),
         )
-        first, room = layer.input_layernorm, self._room_before(index)
-        x, residual = _recomputed(x, residual, first, attend, groups[:2], room, row.offload)
+        first, rooms = layer.input_layernorm, (self._room(row, index, 0), self._room_before(index))
+        x, residual = _recomputed(x, residual, first, attend, groups[:2], rooms, row.offload)
         second = layer.post_attention_layernorm
         if index == len(self.groups) - 1:  # as for a last layer
-            return self._mlp(row, index, *_norm(x, residual, second, groups[2].room))
-        return _recomputed(x, residual, second, mlp, groups[2:], groups[1].room, row.offload)
+            return self._mlp(row, index, *_norm(x, residual, second, self._room(row, index, 2)))
+        rooms = self._room(row, index, 2), groups[1].room
+        return _recomputed(x, residual, second, mlp, groups[2:], rooms, row.offload)
 
     def _selective_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         """As `_layer`; norms and the gate-up product are made again when the backward asks for them."""
@@ -262,16 +268,16 @@ class Fused:
         qkv, o, gate_up, down = self.groups[index]
         cheap = _Cheap()
         with saved_tensors_hooks(cheap.pack, cheap.unpack):
-            y, first = _norm(x, residual, layer.input_layernorm, qkv.room)
+            y, first = _norm(x, residual, layer.input_layernorm, self._room(row, index, 0))
             cheap.add(y, lambda: _norm(first.detach(), None, layer.input_layernorm)[0])
             heads = attention(
                 qkv(y, self._pass(row, index, 0, lean=True)), row.documents, self.heads, layer.self_attn.scaling
             )
             added = o(heads, self._pass(row, index, 1, lean=True))
-            y, h = _norm(added, first, layer.post_attention_layernorm, gate_up.room)
+            y, h = _norm(added, first, layer.post_attention_layernorm, self._room(row, index, 2))
 
             def normed() -> Tensor:
-                return _norm(h.detach(), None, layer.post_attention_layernorm, gate_up.room)[0]
+                return _norm(h.detach(), None, layer.post_attention_layernorm, self._room(row, index, 2))[0]
 
             how = self._pass(row, index, 2, lean=True)
             cheap.add(y, normed)
@@ -341,12 +347,12 @@ def _recomputed(
     norm: Any,
     rest: Any,
     groups: Sequence[Group],
-    grad_room: int,
+    rooms: tuple[int, int],
     offload: Offload | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `rest` after the norm; `groups` are those it passes, `grad_room` is behind the gradient in x."""
+    """As `rest` after the norm; `groups` are those it passes, `rooms` are behind the norm and the gradient in x."""
     masters = [master for group in groups for master in group.masters]
-    normed = partial(_norm, norm=norm, room=groups[0].room, grad_room=grad_room)
+    normed = partial(_norm, norm=norm, room=rooms[0], grad_room=rooms[1])
     found: tuple[Tensor, Tensor] = _Recomputed.apply(x, residual, normed, rest, offload, *masters)
     return found
 
