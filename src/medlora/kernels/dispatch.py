@@ -25,7 +25,9 @@ if TYPE_CHECKING or find_spec("triton"):
 else:
     triton = tl = None
 
-__all__ = ["ceil_div", "jit", "next_power_of_2", "row_launch", "same_layout", "tl", "upload", "use_triton"]
+__all__ = [
+    "ceil_div", "jit", "next_power_of_2", "roomy", "row_launch", "same_layout", "tl", "upload", "use_triton", "widened",
+]  # fmt: skip
 
 MAX_ROW = 65536  # elements a program may hold in registers: 128 a thread at 16 warps
 
@@ -71,6 +73,18 @@ def row_launch(width: int) -> dict[str, int]:
         raise ValueError(f"a row of {width} elements does not fit one program, which holds up to {MAX_ROW}")
     block = next_power_of_2(width)
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
+
+
+def roomy(x: Tensor, room: int, width: int | None = None) -> Tensor:
+    """An empty [T, width], by default x's, as rows of which each has `room` more columns behind it."""
+    width = x.shape[1] if width is None else width
+    return x.new_empty(len(x), width + room)[:, :width]
+
+
+def widened(x: Tensor, room: int) -> Tensor | None:
+    """x with the columns behind it [T, W + room], if it is `roomy`. Autograd does not see what is written there."""
+    width = x.shape[1] + room
+    return x.data.as_strided((len(x), width), (width, 1)) if room and x.stride() == (width, 1) else None
 
 
 def same_layout(*tensors: Tensor) -> None:

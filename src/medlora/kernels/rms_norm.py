@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import jit, row_launch, tl, use_triton
+from .dispatch import jit, roomy, row_launch, tl, use_triton
 
 WEIGHT_PROGRAMS = 256  # programs, and fp32 partial rows, of a weight gradient
 
@@ -103,8 +103,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [T, D] -> y, h, r; h is x where nothing is added."""
     T, D = x.shape
-    y = x.new_empty(T, D + room)[:, :D]
-    r = torch.empty(T, dtype=torch.float32, device=x.device)
+    y, r = roomy(x, room), torch.empty(T, dtype=torch.float32, device=x.device)
     add, h = (x, x) if residual is None else (residual, x.new_empty(T, D))
     rows = x.stride(0), y.stride(0)
     _forward_kernel[(T,)](x, add, weight, y, h, r, *rows, D, eps, ADD=residual is not None, **row_launch(D))
@@ -117,7 +116,7 @@ def _backward(
     """Gradients of h [T, D], its rows `width` apart, and, if asked for, of the weight [D]."""
     T, D = h.shape
     programs = min(T, WEIGHT_PROGRAMS) if weight_grad else T
-    dx = h.new_empty(T, width)[:, :D]
+    dx = roomy(h, width - D)
     dw = torch.empty(programs, D, dtype=torch.float32, device=h.device) if weight_grad else None
     more = dy if dh is None else dh
     _backward_kernel[(programs,)](

@@ -51,6 +51,13 @@ def _forward_kernel(
 
 
 @jit
+def _gradients(d: tl.tensor, g: tl.tensor, u: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """(dg, du, y), in fp32 as they come."""
+    s = tl.sigmoid(g)
+    return d * u * s * (1 + g * (1 - s)), d * g * s, g * s * u
+
+
+@jit
 def _backward_kernel(
     dy: tl.tensor,
     gate: tl.tensor,
@@ -74,12 +81,11 @@ def _backward_kernel(
     d = tl.load(dy + row * dy_row + col, inside).to(tl.float32)
     g = tl.load(gate + row * gate_row + col, inside).to(tl.float32)
     u = tl.load(up + row * up_row + col, inside).to(tl.float32)
-    s = tl.sigmoid(g)
-    dg = d * u * s * (1 + g * (1 - s))
+    dg, du, value = _gradients(d, g, u)
     tl.store(dgate + row * dgate_row + col, dg.to(dgate.dtype.element_ty), inside)
-    tl.store(dup + row * dup_row + col, (d * g * s).to(dup.dtype.element_ty), inside)
+    tl.store(dup + row * dup_row + col, du.to(dup.dtype.element_ty), inside)
     if AGAIN:
-        tl.store(y + row * y_row + col, (g * s * u).to(y.dtype.element_ty), inside)
+        tl.store(y + row * y_row + col, value.to(y.dtype.element_ty), inside)
 
 
 @jit
@@ -119,10 +125,8 @@ def _adapted_kernel(
         d = tl.load(dy + row * dy_row + col[None, :], inside, other=0.0).to(tl.float32)
         g = tl.load(g_at, inside, other=0.0).to(tl.float32)
         u = tl.load(u_at, inside, other=0.0).to(tl.float32)
-        s = tl.sigmoid(g)
-        dg = (d * u * s * (1 + g * (1 - s))).to(gate.dtype.element_ty)
-        du = (d * g * s).to(gate.dtype.element_ty)
-        y = (g * s * u).to(gate.dtype.element_ty)
+        dg, du, y = _gradients(d, g, u)
+        dg, du, y = dg.to(gate.dtype.element_ty), du.to(gate.dtype.element_ty), y.to(gate.dtype.element_ty)
         tl.store(g_at, dg, inside)
         tl.store(u_at, du, inside)
         d_rank = tl.load(dh + row * dh_row + rank[None, :], row < T, other=0.0)

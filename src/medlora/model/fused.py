@@ -116,26 +116,27 @@ class Fused:
         self.layers = [module for module in self.model.modules() if hasattr(module, "lora_A")]
         self.state = _adapter_state(self.layers)
         self.groups = [_layer_groups(layer, self.dtype, self.fp8) for layer in self.model.layers]
-        every = [group for groups in self.groups for group in groups]
-        self.masters = [master for group in every for master in group.masters]
+        self.every = list(chain(*self.groups))
+        self.masters = [master for group in self.every for master in group.masters]
         self._hold()
 
     def _hold(self) -> None:
-        every = [group for groups in self.groups for group in groups]
-        self.copies, self.graphs = [], None  # they hold what is let go of here
-        needed = max(group.beside_elements for group in every)
+        self.copies: list[Tensor] = []  # both hold what is let go of here
+        self.graphs: Graphs | None = None
+        needed = max(group.beside_elements for group in self.every)
         self.scratch = torch.empty(needed, dtype=self.dtype, device=self.device)
-        for group in every:
+        for group in self.every:
             if self.keep:
                 group.keep(self.scratch)
             else:
                 group.release()
-        self.copies = [copy for group in every for copy in group.copies]
+        self.copies = [copy for group in self.every for copy in group.copies]
         if self.keep:
             self.scratch = self.scratch[:0].clone()
         self._place_embedding()
         able = self.device.type == "cpu" or flash_takes(self.scratch, self.heads[2])
-        self.graphs = Graphs(self._stack, every, self.replayed) if self.replayed and able and self.masters else None
+        if self.replayed and able and self.masters:
+            self.graphs = Graphs(self._stack, self.every, self.replayed)
 
     def _place_embedding(self, *, home: bool = False) -> None:
         table = self.model.embed_tokens.weight
@@ -186,7 +187,7 @@ class Fused:
 
     def _stack(self, x: Tensor, row: Row) -> Tensor:
         """All layers and the final norm."""
-        for group in chain(*self.groups):  # a short row's launches cost more than its passes over memory
+        for group in self.every:  # a short row's launches cost more than its passes over memory
             group.lends = len(x) >= LONG and group.stackable
         if self.masters:
             with torch.no_grad():

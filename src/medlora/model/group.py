@@ -31,13 +31,14 @@ Shapes: T tokens of the row, D inputs, N outputs and R ranks of a group.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from medlora.kernels.dispatch import roomy, widened
 from medlora.kernels.dropout import dropout
 from medlora.kernels.fp8 import fp8_linear, quantize_rows
 from medlora.kernels.nf4 import BLOCKSIZE, dequantize_nf4, stored_scales
@@ -160,8 +161,9 @@ class Group:
         (N, D), R = self.shape, len(self.a) if self.stackable else 0
         return (N + R) * (D + R)
 
-    @property
+    @cached_property
     def stackable(self) -> bool:
+        """Whether one product can take the weights and the adapters beside them."""
         (N, D), ranks = self.shape, map(len, self.masters[::2])
         odd = D % BLOCKSIZE or any(size % ALIGNED for size in (N, *ranks))
         return bool(self.parts) and not (self.fp8 or self._serves_itself or odd)
@@ -239,7 +241,7 @@ class Group:
         w = self.weight(scratch) if back else self.weight(scratch).t()
         return matmul(x, w, onto, adds=onto is not None)
 
-    def input(self, x: Tensor, p: float = 0.0) -> Tensor:
+    def input(self, x: Tensor, p: float) -> Tensor:
         if self.gated is None:
             return x
         gate, up = x.chunk(2, 1)
@@ -397,18 +399,6 @@ def _through_swiglu(below: Group, grad: Tensor, x: Tensor, how: Pass, dh_TR: Any
 def _makes(h_TR: Tensor | None, how: Pass) -> bool:
     """Whether SwiGLU's backward pass makes a's gradient too."""
     return h_TR is not None and not how.p and h_TR.shape[1] in RANKS
-
-
-def roomy(x: Tensor, room: int, width: int | None = None) -> Tensor:
-    """An empty [T, width], by default x's, as rows of which each has `room` more columns behind it."""
-    width = x.shape[1] if width is None else width
-    return x.new_empty(len(x), width + room)[:, :width]
-
-
-def widened(x: Tensor, room: int) -> Tensor | None:
-    """x with the columns behind it [T, W + room], if it is `roomy`. Autograd does not see what is written there."""
-    width = x.shape[1] + room
-    return x.data.as_strided((len(x), width), (width, 1)) if room and x.stride() == (width, 1) else None
 
 
 def _scaled(x: Tensor, w: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
