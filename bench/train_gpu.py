@@ -9,7 +9,9 @@ depend. All sides take an NF4 base and LoRA r 64 in bfloat16 and the same rows i
 in a process of its own, one after the other, and all its settings there. `--data` holds a question and an
 answer a line.
 
-    A  8 rows of 2048 tokens, all linear modules, no dropout
+    A  8 rows of 2048 tokens, text run together, all linear modules, no dropout
+    P  the same text by medlora's packing: whole documents, so many a step that few have more tokens than A's,
+       attention inside each; peers, whose packing without a flash-attention package mixes them, train A's rows
     F  the same, the frozen products in FP8 (medlora alone)
     B  the same, activations recomputed
     L  the same in as little memory as 14,000 tokens/s allow
@@ -34,7 +36,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,6 +60,8 @@ class Setting:
     recompute: bool = False
     full_rows: bool = False
     """Every row of exactly `FULL` tokens, text run together."""
+    documents: bool = False
+    """medlora packs documents instead."""
     fp8: bool = False
     memory: float | None = None
     """GiB that medlora plans for; peers then recompute, and all take double quantisation and 8-bit moments."""
@@ -65,6 +69,7 @@ class Setting:
 
 SETTINGS = {
     "A": Setting(batch=8, full_rows=True),
+    "P": Setting(batch=8, full_rows=True, documents=True),
     "F": Setting(batch=8, full_rows=True, fp8=True),
     "B": Setting(batch=8, full_rows=True, recompute=True),
     "L": Setting(batch=8, full_rows=True, memory=8.5),
@@ -124,6 +129,14 @@ def examples(setting: Setting, data: Path | None, tokenizer: Any, wanted: int, f
         if len(rows) >= wanted:
             break
     return [Example("", ids, [IGNORE, *ids[1:]]) for ids in rows[:wanted]]
+
+
+def packed(setting: Setting, data: Path | None, tokenizer: Any, full: int) -> Setting:
+    """Of whole documents, so many a step that their average is 0.85 of the setting's tokens."""
+    setting = replace(setting, full_rows=False)
+    some = examples(setting, data, tokenizer, 1000, full)
+    each = statistics.mean(len(row.input_ids) for row in some)
+    return replace(setting, batch=round(0.85 * setting.batch * full / each))
 
 
 def our_recipe(setting: Setting, rows: list[Any], steps: int, *more: str) -> Any:
@@ -253,7 +266,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: Any) -> dict[str, float]:
+def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: Any) -> dict[str, Any]:
     """Train, and take the adapter off again."""
     from contextlib import nullcontext
 
@@ -262,6 +275,8 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
     full = 64 if arguments.tiny else FULL
     steps = arguments.steps * (1 if setting.full_rows else 3)
     warm_up = steps // 3
+    if setting.documents and side == "medlora":
+        setting = packed(setting, arguments.data, tokenizer, full)
     wanted = setting.batch * setting.accumulation * steps
     rows = examples(setting, arguments.data, tokenizer, wanted, full)
     fresh()
@@ -286,6 +301,7 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
         "step_tokens": statistics.median(clock.tokens[warm_up:]),
         "peak_gib": peak() / GIB,
         "loss": statistics.mean(losses),
+        "steps": list(zip(clock.tokens, clock.seconds, strict=True)),
     }
 
 
@@ -359,7 +375,7 @@ def run_side(arguments: Any) -> dict[str, Any]:
             results[name] = measure(arguments.side, setting, model, tokenizer, arguments)
         except torch.OutOfMemoryError:
             results[name] = {"error": "out of memory"}
-        print(name, results[name], file=sys.stderr)
+        print(name, {what: found for what, found in results[name].items() if what != "steps"}, file=sys.stderr)
     return results
 
 
@@ -368,7 +384,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="jsonl.gz with question and answer")
     parser.add_argument("--model", type=Path, help="a base's folder, tokenizer included")
     parser.add_argument("--tokenizer", type=Path, help="where no --model is given")
-    parser.add_argument("--settings", default="AFBLCDQ")
+    parser.add_argument("--settings", default="APFBLCDQ")
     parser.add_argument("--memory", action="store_true", help="predicted and measured peaks of setting A")
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--steps", type=int, default=12)

@@ -21,6 +21,8 @@ ONE_ROW = dict.fromkeys(("M", "S", "G"), "constexpr")  # Triton makes a constant
 PRODUCT = {"LORA": True, "RESIDUAL": True, "ASM": True, "BN": 64, "BR": 64, "STEP": 4}
 PREPARE = {"D": 4096, "CHUNK": 4096, "RANKS": 4, "EARLY": True}
 PAGED = {"table": "*i32", "lengths": "*i32", "parts": F32, "lse": F32}
+DOCUMENTS = {"tiles": "*i32", "lse": F32, "delta": F32}
+TILES = {"C": 128, "TILE": 64, "STEP": 64}
 CASES = [  # module, kernel, pointers, constants, warps
     ("nf4", "_dequantize_kernel", NF4, {"DOUBLE": False, "BLOCKS": 64}, 4),
     ("nf4", "_dequantize_kernel", NF4 | {"absmax": "*u8"}, {"DOUBLE": True, "BLOCKS": 64}, 4),
@@ -62,6 +64,11 @@ CASES = [  # module, kernel, pointers, constants, warps
         PRODUCT | {"DOUBLE": False, "BM": 8, "SPLIT": 8, "ASM": False},
         4,
     ),
+    ("copies", "_copy_kernel", {"table": "*i64", "source": F32}, {"SHARE": 4096}, 8),
+    ("document_attention", "_tiles_kernel", {"starts": "*i32", "tiles": "*i32"}, {"TILE": 64, "SPAN": 64}, 1),
+    ("document_attention", "_forward_kernel", DOCUMENTS, TILES, 4),
+    ("document_attention", "_queries_kernel", DOCUMENTS, TILES, 4),
+    ("document_attention", "_keys_kernel", DOCUMENTS, TILES, 4),
     ("decode_attention", "_rope_append_kernel", PAGED, {"HEADS": 1, "HALF": 64, "EARLY": True}, 1),
     ("decode_attention", "_rope_append_kernel", PAGED, {"HEADS": 8, "HALF": 64, "EARLY": True}, 1),
     ("decode_attention", "_attention_kernel", PAGED, {"SHARES": 1, "GROUP": 16, "WIDTH": 128, "EARLY": True}, 4),

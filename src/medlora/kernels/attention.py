@@ -1,9 +1,10 @@
 """Causal attention of a packed row that stays inside its documents, with the rotary embedding before it.
 
-The flash kernel behind torch.nn.attention.varlen takes documents of any length in one launch. It is called
-here through aten, inside an autograd function that owns the fused q, k, v buffer: the rotation happens in
-that buffer, and the backward pass writes the three gradients into one, ready for the product that follows.
-Elsewhere (float32, odd head sizes, a CPU) documents pass one by one through scaled_dot_product_attention.
+Documents of any length pass in one launch: by tiles (`document_attention`) where Triton takes their head size, else by
+the flash kernel behind torch.nn.attention.varlen, called through aten. Either stands in an autograd function that owns
+the fused q, k, v buffer: the rotation happens in that buffer, and the backward pass gives the three gradients as one,
+ready for the product that follows. Elsewhere (float32, odd head sizes, a CPU) documents pass one by one through
+scaled_dot_product_attention.
 
 Shapes: T tokens of the row, H query heads, K key heads, C head size.
 """
@@ -24,6 +25,7 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dispatch import upload
+from .document_attention import document_attention, document_attention_backward, takes, tiles_of
 from .rope import rope, rope_, rope_back
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -46,13 +48,24 @@ class Documents(NamedTuple):
     longest: int
     alike: bool
     """All are of one length."""
+    tiles: Tensor | None
+    """Of `tiles_of`, where those kernels serve."""
 
     @classmethod
     def of(cls, cos: Tensor, sin: Tensor, borders: list[int]) -> Documents:
         """From the rotary tables [T, C] and the borders; does not wait for the device."""
         starts = upload(torch.tensor(borders, dtype=torch.int32), cos.device)
         lengths = [stop - start for start, stop in pairwise(borders)]
-        return cls(cos, sin, borders, starts, max(lengths), len(set(lengths)) == 1)
+        return cls(cos, sin, borders, starts, max(lengths), len(set(lengths)) == 1, _tiles(starts, cos))
+
+    def elsewhere(self, cos: Tensor, sin: Tensor, starts: Tensor) -> Documents:
+        """The same of a row whose borders only the device knows."""
+        known = self._replace(cos=cos, sin=sin, starts=starts, longest=len(cos), alike=False)
+        return known._replace(tiles=_tiles(starts, cos))
+
+
+def _tiles(starts: Tensor, cos: Tensor) -> Tensor | None:
+    return tiles_of(starts, len(cos)) if takes(cos, cos.shape[1]) else None
 
 
 class Tails(NamedTuple):
@@ -71,9 +84,33 @@ class Tails(NamedTuple):
         return cls(borders[0], borders[1], (max(new), max(whole)))
 
 
-class _FlashAttention(Function):
+class _TiledAttention(Function):
     """Rope and causal attention inside documents. `qkv` [T, (H + 2 K) C] is overwritten by its rotation, so
     the function that made it must not have kept it."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float, room: int) -> Tensor:
+        out, lse = _tiled(qkv, row, heads, scale, room)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.row, ctx.heads, ctx.scale = row, heads, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (qkv, out, lse), row = ctx.saved_tensors, ctx.row
+        d_qkv = document_attention_backward(grad, qkv, out, lse, row.tiles, ctx.heads, ctx.scale, row.cos, row.sin)
+        return d_qkv, None, None, None, None
+
+
+def _tiled(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float, room: int) -> tuple[Tensor, Tensor]:
+    assert row.tiles is not None
+    q, k, _ = _heads(qkv, heads)
+    rope_(q, k, row.cos, row.sin)
+    return document_attention(qkv, row.tiles, heads, scale, room)
+
+
+class _FlashAttention(Function):
+    """As `_TiledAttention`."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
@@ -165,21 +202,31 @@ def flash_takes(x: Tensor, head_size: int) -> bool:
     return ready and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
+def attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float, room: int = 0) -> Tensor:
     """Rotary positions and causal attention inside documents: [T, (H + 2 K) C] -> [T, H C].
 
-    Through the flash kernel of torch.nn.attention.varlen where dtype, head size and device allow, or as a dense
-    batch; else document by document through scaled_dot_product_attention. The first two overwrite `qkv`.
+    By tiles or the flash kernel of torch.nn.attention.varlen where dtype, head size and device allow, or as a dense
+    batch; else document by document through scaled_dot_product_attention. All but the last overwrite `qkv`.
 
     Args:
         heads: (H, K, C).
         scale: factor of the scores, usually C ** -0.5.
+        room: columns to leave behind each row of the output; only tiles do.
     """
     if flash_takes(qkv, heads[2]):
         if _is_dense(qkv, row):
             return _dense_attention(qkv, row, heads, scale)
-        if torch.is_grad_enabled() and qkv.requires_grad:
-            out: Tensor = _FlashAttention.apply(qkv, row, heads, scale)
+        out: Tensor
+        trained = torch.is_grad_enabled() and qkv.requires_grad
+        if row.tiles is not None:
+            out = (
+                _TiledAttention.apply(qkv, row, heads, scale, room)
+                if trained
+                else _tiled(qkv, row, heads, scale, room)[0]
+            )
+            return out
+        if trained:
+            out = _FlashAttention.apply(qkv, row, heads, scale)
             return out
         return _flash(qkv, row, heads, scale)[0].view(len(qkv), -1)  # without autograd's bookkeeping on the host
     q, k, v = _heads(qkv, heads)

@@ -41,6 +41,7 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
 from medlora.kernels.attention import Documents, attention, flash_takes
+from medlora.kernels.copies import Copies
 from medlora.kernels.dispatch import upload
 from medlora.kernels.embedding import gather_rows
 from medlora.kernels.product import LONG
@@ -121,7 +122,7 @@ class Fused:
         self._hold()
 
     def _hold(self) -> None:
-        self.copies: list[Tensor] = []  # both hold what is let go of here
+        self.copies = Copies([], [])  # both hold what is let go of here
         self.graphs: Graphs | None = None
         needed = max(group.beside_elements for group in self.every)
         self.scratch = torch.empty(needed, dtype=self.dtype, device=self.device)
@@ -130,7 +131,7 @@ class Fused:
                 group.keep(self.scratch)
             else:
                 group.release()
-        self.copies = [copy for group in self.every for copy in group.copies]
+        self.copies = Copies(self.masters, [copy for group in self.every for copy in group.copies])
         if self.keep:
             self.scratch = self.scratch[:0].clone()
         self._place_embedding()
@@ -190,8 +191,7 @@ class Fused:
         for group in self.every:  # a short row's launches cost more than its passes over memory
             group.lends = len(x) >= LONG and group.stackable
         if self.masters:
-            with torch.no_grad():
-                torch._foreach_copy_(self.copies, self.masters)
+            self.copies()
         return _norm(*self._layers(x, row), self.model.norm)[0]
 
     def _row(self, x: Tensor, position_ids: Tensor, borders: list[int]) -> Row:
@@ -228,7 +228,9 @@ class Fused:
     def _attention(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
         qkv, o, _, _ = self.groups[index]
         scaling = self.model.layers[index].self_attn.scaling
-        heads = attention(qkv(y, self._pass(row, index, 0)), row.documents, self.heads, scaling)
+        heads = attention(
+            qkv(y, self._pass(row, index, 0)), row.documents, self.heads, scaling, self._room(row, index, 1)
+        )
         return o(heads, self._pass(row, index, 1, discard=again)), h
 
     def _mlp(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
@@ -271,9 +273,8 @@ class Fused:
         with saved_tensors_hooks(cheap.pack, cheap.unpack):
             y, first = _norm(x, residual, layer.input_layernorm, self._room(row, index, 0))
             cheap.add(y, lambda: _norm(first.detach(), None, layer.input_layernorm)[0])
-            heads = attention(
-                qkv(y, self._pass(row, index, 0, lean=True)), row.documents, self.heads, layer.self_attn.scaling
-            )
+            scaling, room = layer.self_attn.scaling, self._room(row, index, 1)
+            heads = attention(qkv(y, self._pass(row, index, 0, lean=True)), row.documents, self.heads, scaling, room)
             added = o(heads, self._pass(row, index, 1, lean=True))
             y, h = _norm(added, first, layer.post_attention_layernorm, self._room(row, index, 2))
 

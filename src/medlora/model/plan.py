@@ -21,6 +21,8 @@ import torch
 
 from medlora.data.prompts import Example
 from medlora.kernels.dispatch import next_power_of_2
+from medlora.kernels.document_attention import HEAD_SIZES
+from medlora.kernels.product import LONG
 from medlora.model.fused import Recompute
 from medlora.model.graphs import ROUND, rounded
 from medlora.model.memory import free_bytes
@@ -134,6 +136,8 @@ class Work:
     """Tokens of the longest row."""
     steps: tuple[int, ...] = ()
     """Tokens of some steps as they may come."""
+    alike: bool = False
+    """All rows are of one length."""
     width: int = 2
     """Bytes of the compute dtype."""
     on_gpu: bool = True
@@ -151,7 +155,8 @@ class Work:
         some = starts[:: -(-len(starts) // SOME)]
         steps = tuple(sum(lengths[i : i + samples]) for i in some)
         lengths.sort(reverse=True)
-        return cls(recipe=recipe, tokens=sum(lengths[:samples]), longest=lengths[0], steps=steps, **device)
+        longest, alike = lengths[0], lengths[0] == lengths[-1]
+        return cls(recipe=recipe, tokens=sum(lengths[:samples]), longest=longest, steps=steps, alike=alike, **device)
 
     @property
     def samples(self) -> int:
@@ -240,9 +245,9 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
     token = _token_bytes(shape, work, recompute, work.samples if rows == 1 else max(1, tokens // work.longest))
-    if keep and recompute == "none" and not work.recipe.training.fp8:
-        beside, behind = _room_bytes(shape, work)
-        fixed, token = fixed + beside, token + behind
+    if not work.recipe.training.fp8:
+        beside, behind = _room_bytes(shape, work, recompute)
+        fixed, token = fixed + beside * keep, token + behind * (keep or tokens >= LONG)
     seconds = _seconds(shape, work, rows, recompute, keep, optim)
     # as for the base: who asks for recomputation gets it in every layer
     free = work.on_gpu and recompute in ("full", "offload") and work.recipe.training.gradient_checkpointing is not True
@@ -319,17 +324,18 @@ def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str) -
     return trained * (4 + STATE[optim] + copies) + late
 
 
-def _room_bytes(shape: Shape, work: Work) -> tuple[float, float]:
-    """Bytes of corners beside the kept weights, where adapters' copies lie, and behind q, k, v, gate and up of a
-    token (see `model.group`)."""
+def _room_bytes(shape: Shape, work: Work, recompute: Recompute) -> tuple[float, float]:
+    """Bytes of corners beside the kept weights, where adapters' copies lie, and behind what is kept of a token's q, k,
+    v, attention, gate and up (see `model.group`)."""
     lora = work.recipe.lora
+    kept = {"none": ("q_proj", "o_proj", "gate_proj"), "selective": ("q_proj", "o_proj")}.get(recompute, ())
     targets = set(shape.targets(lora.target_modules))
     corners, behind = 0, 0
     for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
         R = lora.r * len(targets & set(group))
         outputs = sum(shape.modules[name][0] for name in group)
         corners += R * (outputs + R) - lora.r * sum(shape.modules[name][0] for name in targets & set(group))
-        behind += R * (len(group) > 1 and lora.lora_dropout == 0)
+        behind += R * (group[0] in kept and lora.lora_dropout == 0)
     return work.width * shape.layers * corners, work.width * shape.layers * behind
 
 
@@ -383,15 +389,16 @@ def _half_bytes(shape: Shape, work: Work) -> tuple[float, float]:
 
 def _work_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) -> tuple[float, float]:
     """Bytes a token that the backward passes of attention and MLP have at work in a row of `documents`. Attention:
-    gradients of its output, of the sum, of q, k and v, and dq in float32 once for each share of a document that the
-    flash kernel adds up in order, for grouped heads k's and v's of every query head. MLP: that of SwiGLU's output, once
-    more before dropout, that of the sum, and what is made again."""
-    lora, (_, q, kv) = work.recipe.lora, shape.widths
+    gradients of its output, of the sum, of q, k and v; but by tiles, for grouped heads k's and v's of every query head
+    and dq in float32, once for each share of a document that the flash kernel adds up in order. MLP: that of SwiGLU's
+    output, once more before dropout, that of the sum, and what is made again."""
+    lora, (C, q, kv) = work.recipe.lora, shape.widths
     twice = lora.lora_dropout > 0 and "down_proj" in shape.targets(lora.target_modules)
     F = shape.intermediate * (1 + twice + 2 * (recompute == "selective"))
     ordered = 4 * q * -(-MULTIPROCESSORS // (documents * shape.heads))
     grouped = 2 * q * (shape.heads != shape.kv_heads)
-    attention = work.width * (2 * q + kv + grouped + 2 * shape.hidden) + ordered
+    apart = 4 * shape.heads if C in HEAD_SIZES and not work.alike else work.width * grouped + ordered
+    attention = work.width * (2 * q + kv + 2 * shape.hidden) + apart
     return attention, work.width * (F + 2 * shape.hidden)
 
 
