@@ -129,6 +129,20 @@ def test_a_shorter_run_captures_fewer_lengths() -> None:
     assert found[5] is None and found[50] and found[5000] and found[50].parts < found[5000].parts
 
 
+def test_a_step_that_is_not_cut_is_not_replayed_for_the_rows_it_might_have_had() -> None:
+    for steps in range(10, 100, 10):
+        asked = short(*ALL_LINEAR, f"training.max_steps={steps}")
+        whole = [plan for plan in plans(LLAMA, asked) if plan.rows == 1]
+        assert choose(plans(LLAMA, asked), 140 * GIB).replayed == choose(whole, 140 * GIB).replayed
+
+
+def test_a_prime_number_of_samples_can_be_cut() -> None:
+    samples = "training.per_device_train_batch_size=41", "training.gradient_accumulation_steps=1"
+    asked = work(*ALL_LINEAR, *samples, tokens=32_000, longest=1024)
+    found = choose(plans(LLAMA, asked), 76 * GIB)
+    assert (found.rows, found.recompute, found.keep) == (2, "none", True)
+
+
 def test_rows_grow_as_far_as_they_are_replayed() -> None:
     lean = short("training.optim=adamw_8bit")
     halved, whole = (predict(LLAMA, lean, rows, "offload", False, "adamw_8bit") for rows in (2, 1))
@@ -151,7 +165,7 @@ def test_the_recipe_has_the_last_word() -> None:
     assert {p.recompute for p in asked} == {"full", "offload"} and not any(p.keep for p in asked)
     assert {p.optim for p in asked} == {"adamw_torch_fused"}
     assert len({p.optim for p in plans(LLAMA, work("training.optim=auto"))}) == 3
-    assert {p.rows for p in asked} == {1, 2, 4}
+    assert {p.rows for p in asked} == {1, 2, 3, 4}
 
 
 def test_falling_back_takes_less_each_time_and_keeps_the_optimizer() -> None:

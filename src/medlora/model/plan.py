@@ -39,12 +39,15 @@ RATES = {(8, 0): 2.2e12, (9, 0): 5e12, (10, 0): 1e13, (10, 3): 1e13}
 """Products a second of one multiprocessor, by compute capability; elsewhere, on cards for workstations, `RATE`."""
 RATE = 1e12
 ROW = 0.01  # seconds that a further row costs at least
-# Seconds of a layer's two passes: what a slow host launches them in, what the device takes however short the row, and
-# what capturing them takes; by H100s of virtual machines. LAUNCHES: how many more there are.
-LAUNCH, KERNELS, CAPTURE = 5.2e-3, 0.7e-3, 12e-3
+# Seconds of a layer's two passes: what a slow host launches them in, and more for each group of modules with adapters,
+# what the device takes however short the row, and what capturing them takes; by H100s of virtual machines. LAUNCHES:
+# how many more there are.
+LAUNCH, ADAPTED, KERNELS, CAPTURE = 3.2e-3, 0.6e-3, 0.6e-3, 12e-3
 LAUNCHES = {"none": 1.0, "selective": 1.3, "full": 1.5, "offload": 1.8}
 SOME = 500  # steps whose lengths are looked at
-SHORT = 1.6  # how much longer than its products a short row takes
+SHORT = 1.2  # how much longer than its products a short row takes
+READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # of one input each
+FEW = 8  # rows: as many are tried in any number, more where a step's samples divide by them
 STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
 """Bytes of optimizer state a weight on the device."""
 OPTIM_SECONDS = {"adamw_torch": 0.02, "adamw_8bit": 0.01, "paged_adamw_32bit": 0.1, "paged_adamw_8bit": 0.05}
@@ -212,6 +215,11 @@ class Plan:
         line += f"; predicted peak {self.peak_bytes / GIB:.1f} of {capacity / GIB:.1f} GiB"
         return line if self.fits(capacity) else f"{line}, which may not fit"
 
+    @property
+    def way(self) -> tuple[Recompute, bool, str]:
+        """What does not hang on rows."""
+        return self.recompute, self.keep, self.optim
+
     def fits(self, capacity: int) -> bool:
         return self.peak_bytes <= capacity
 
@@ -283,6 +291,7 @@ def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int, token: fl
     """CUDA graphs of as many lengths as save most, if the run's steps gain more by them than capturing takes."""
     if not (work.on_gpu and work.recipe.training.cuda_graphs and work.steps):
         return None
+    launched = _launch_seconds(shape, work, recompute)
     passes, each_token = shape.layers * LAUNCHES[recompute], SHORT * _token_seconds(shape, work, recompute)
 
     def device(tokens: int) -> float:
@@ -291,7 +300,7 @@ def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int, token: fl
     def saved(parts: int) -> float:
         cut = [-(-tokens // rows) for tokens in work.steps]
         replayed = [rounded(tokens, parts) for tokens in cut]
-        each = [max(passes * LAUNCH, device(a)) - device(b) for a, b in zip(cut, replayed, strict=True)]
+        each = [max(launched, device(a)) - device(b) for a, b in zip(cut, replayed, strict=True)]
         captured = len(set(replayed)) + 2  # and the longest, which is also run once
         return work.recipe.training.max_steps * rows * mean(each) - captured * passes * CAPTURE
 
@@ -331,7 +340,7 @@ def _room_bytes(shape: Shape, work: Work, recompute: Recompute) -> tuple[float, 
     kept = {"none": ("q_proj", "o_proj", "gate_proj"), "selective": ("q_proj", "o_proj")}.get(recompute, ())
     targets = set(shape.targets(lora.target_modules))
     corners, behind = 0, 0
-    for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+    for group in READERS:
         R = lora.r * len(targets & set(group))
         outputs = sum(shape.modules[name][0] for name in group)
         corners += R * (outputs + R) - lora.r * sum(shape.modules[name][0] for name in targets & set(group))
@@ -409,8 +418,15 @@ def _seconds(
     products = work.tokens * _token_seconds(shape, work, recompute) * (1.02 if recompute == "offload" else 1)
     bytes_a_weight = 6 if work.recipe.training.fp8 else 2.5
     dequantised = 0.0 if keep else rows * (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
-    host = rows * shape.layers * LAUNCHES[recompute] * LAUNCH * (1 + 0.1 * (not keep)) if launched else 0.0
+    host = rows * _launch_seconds(shape, work, recompute) * (1 + 0.1 * (not keep)) if launched else 0.0
     return max(products + dequantised, host) + rows * ROW + OPTIM_SECONDS.get(optim, 0.0)
+
+
+def _launch_seconds(shape: Shape, work: Work, recompute: Recompute) -> float:
+    """Of the host, a row."""
+    targets = set(shape.targets(work.recipe.lora.target_modules))
+    adapted = sum(not targets.isdisjoint(group) for group in READERS)
+    return shape.layers * LAUNCHES[recompute] * (LAUNCH + ADAPTED * adapted)
 
 
 def _token_seconds(shape: Shape, work: Work, recompute: Recompute) -> float:
@@ -440,7 +456,7 @@ def plans(shape: Shape, work: Work) -> list[Plan]:
     allowed = ways.get(training.gradient_checkpointing, ("none", "selective", "full", "offload"))
     # who asks for recomputation wants the memory: the base is then not kept
     keeps = (True, False) if "none" in allowed and work.recipe.base.quantization == "nf4" else (False,)
-    cuts = [rows for rows in range(1, work.samples + 1) if work.samples % rows == 0]
+    cuts = [rows for rows in range(1, work.samples + 1) if rows <= FEW or work.samples % rows == 0]
     found = [
         predict(shape, work, rows, recompute, keep, optim)
         for rows in cuts for recompute in allowed for keep in keeps for optim in _optims(work)
@@ -464,8 +480,12 @@ def choose(found: Sequence[Plan], capacity: int) -> Plan:
     if not fitting:
         return min(found, key=lambda plan: plan.peak_bytes)
     fastest = min(fitting, key=_rank)
-    longest = max(plan.row_tokens for plan in found if plan.recompute == fastest.recompute)
-    return fastest.grown(capacity, longest).holding(capacity)
+    longest = max((plan for plan in found if plan.way == fastest.way), key=lambda plan: plan.row_tokens)
+    grown = fastest.grown(capacity, longest.row_tokens)
+    # uncut, it decides as well what is worth being captured
+    if grown.row_tokens == longest.row_tokens and longest.fits(capacity):
+        grown = longest.replaying(capacity)
+    return grown.holding(capacity)
 
 
 def _rank(plan: Plan) -> tuple[float, int]:
