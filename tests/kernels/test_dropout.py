@@ -34,6 +34,13 @@ def test_values_and_gradient(T, D, dtype, device):
     assert torch.equal(x.grad, reference.dropout(dy, 0.1, 5))
 
 
+@pytest.mark.parametrize(("D", "room"), [(96, 8), (96, 4), (40, 24), (33, 7)])
+def test_rows_that_lie_apart(D, room, dtype, device):
+    wide = torch.randn(127, D + room, device=device).to(dtype)
+    y = dropout(wide[:, :D], 0.3, 5)
+    assert y.is_contiguous() and torch.equal(y, reference.dropout(wide[:, :D].contiguous(), 0.3, 5))
+
+
 def test_rate_scale_and_independence():
     p, ones = 0.1, torch.ones(1_000_000)
     a, b = (reference.dropout(ones, p, seed) for seed in (1, 2))

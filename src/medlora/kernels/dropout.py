@@ -34,28 +34,42 @@ def _dropout_kernel(
     x: tl.tensor,
     y: tl.tensor,
     n: int,
+    width: int,
+    x_row: int,
     threshold: int,
     scale: float,
     seed: tl.tensor,  # int64 [1]
     offset: int,
     GROUPS: tl.constexpr,
 ) -> None:
-    """y = mask * x * scale over elements [pid * 8 GROUPS, (pid + 1) * 8 GROUPS)."""
+    """y = mask * x * scale over elements [pid * 8 GROUPS, (pid + 1) * 8 GROUPS); rows of x, if there are several, are
+    of `width` elements, a multiple of 8, and begin every `x_row`, likewise."""
     pid = tl.program_id(0)
-    r0, r1, r2, r3 = tl.randint4x(tl.load(seed) + offset, pid * GROUPS + tl.arange(0, GROUPS), 7)
+    group = pid * GROUPS + tl.arange(0, GROUPS)
+    r0, r1, r2, r3 = tl.randint4x(tl.load(seed) + offset, group, 7)
     words = tl.reshape(tl.join(tl.join(r0, r1), tl.join(r2, r3)), (GROUPS, 4))
-    draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (GROUPS * 8,)).to(tl.int32)
-    at = pid.to(tl.int64) * (GROUPS * 8) + tl.arange(0, GROUPS * 8)
+    draws = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (GROUPS, 8)).to(tl.int32)
+    first = group.to(tl.int64) * 8
+    source = tl.multiple_of(first // width * x_row + first % width, 8)
+    each = tl.arange(0, 8)[None, :]
+    at = first[:, None] + each
     inside = at < n
-    value = tl.where(draws >= threshold, tl.load(x + at, inside).to(tl.float32) * scale, 0.0)
+    value = tl.where(draws >= threshold, tl.load(x + source[:, None] + each, inside).to(tl.float32) * scale, 0.0)
     tl.store(y + at, value.to(y.dtype.element_ty), inside)
 
 
 def _launch(x: Tensor, y: Tensor, p: float, seed: Tensor, offset: int) -> None:
     n = x.numel()
+    width, row = (n, n) if x.is_contiguous() else (x.shape[1], x.stride(0))
     _dropout_kernel[(ceil_div(n, GROUPS * 8),)](
-        x, y, n, round(p * 65536), 1 / (1 - p), seed, offset, GROUPS=GROUPS, num_warps=4
+        x, y, n, width, row, round(p * 65536), 1 / (1 - p), seed, offset, GROUPS=GROUPS, num_warps=4
     )
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x, or a dense copy where the kernel does not read its rows as they lie."""
+    apart = x.dim() == 2 and x.stride(1) == 1 and not (x.shape[1] % 8 or x.stride(0) % 8)
+    return x if apart else x.contiguous()
 
 
 def _check(p: float, seed: int | Tensor) -> None:
@@ -69,7 +83,7 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, seed: Tensor, offset: int) -> Tensor:
         ctx.how = p, seed, offset
-        y = torch.empty_like(x)
+        y = x.new_empty(x.shape)
         _launch(x, y, *ctx.how)
         return y
 
@@ -82,7 +96,7 @@ def dropout(x: Tensor, p: float, seed: int | Tensor, offset: int = 0) -> Tensor:
     """mask(seed) * x / (1 - p), differentiable; applied to a gradient it is its own backward pass.
 
     Args:
-        x: any shape, fp32, bf16 or fp16; elements are numbered in row-major order.
+        x: any shape, fp32, bf16 or fp16; elements are numbered in row-major order. The result is dense.
         p: probability of a zero, in [0, 1).
         seed: in [0, 2**63), or int64 [1] on x's device, so that a CUDA graph can read another at each replay; one seed,
             one mask, on every device. p = 0 returns x itself.
@@ -96,11 +110,11 @@ def dropout(x: Tensor, p: float, seed: int | Tensor, offset: int = 0) -> Tensor:
         return x
     if not use_triton(x):
         return reference.dropout(x, p, int(seed) + offset)
-    x = x.contiguous()
+    x = _readable(x)
     seed = torch.tensor([seed], device=x.device) if isinstance(seed, int) else seed
     if torch.is_grad_enabled() and x.requires_grad:
         y: Tensor = _Dropout.apply(x, p, seed, offset)
         return y
-    y = torch.empty_like(x)  # autograd's bookkeeping would cost the host more than the launch
+    y = x.new_empty(x.shape)  # autograd's bookkeeping would cost the host more than the launch
     _launch(x, y, p, seed, offset)
     return y

@@ -241,26 +241,18 @@ class Group:
         w = self.weight(scratch) if back else self.weight(scratch).t()
         return matmul(x, w, onto, adds=onto is not None)
 
-    def input(self, x: Tensor, p: float) -> Tensor:
+    def input(self, x: Tensor) -> Tensor:
         if self.gated is None:
             return x
         gate, up = x.chunk(2, 1)
-        return swiglu(gate, up, roomy(gate, self.room) if self.room and not p else None)
-
-    def room_before(self, dropping: bool) -> int:
-        """Behind the group's input: none where it is dropped out, since dropout reads dense tensors."""
-        return 0 if dropping and self.dropout else self.room
+        return swiglu(gate, up, roomy(gate, self.room) if self.room else None)
 
     def forward(self, x: Tensor, how: Pass) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(y [T, N], dropout(x) [T, D], s dropout(x) A' [T, R]); the last two None without adapters."""
         if not self.parts:
-            y = (
-                self._nothing(x)
-                if how.discard
-                else self._with_bias(self.product(self.input(x, how.p), how.scratch, None))
-            )
+            y = self._nothing(x) if how.discard else self._with_bias(self.product(self.input(x), how.scratch, None))
             return y, None, None
-        inner = self.input(x, how.p)
+        inner = self.input(x)
         dropped, both = how.dropout(inner), widened(inner, self.room)
         h_TR = _scaled(dropped, self.a.t(), self.scaling, None if both is None else both[:, self.shape[1] :])
         if how.discard:
@@ -359,7 +351,7 @@ class _Linear(Function):
             dh_TR = group.rank_grad(grad, h_TR.new_empty(h_TR.shape) if both is None else both[:, group.shape[0] :])
             db = group.output_grads(grad, h_TR)
             if dropped is None and not (group.gated and wanted):  # else SwiGLU's backward pass makes it
-                dropped = how.dropout(group.input(x, how.p)) if ctx.again else x
+                dropped = how.dropout(group.input(x)) if ctx.again else x
             da = None if dropped is None else _float32_product(torch.mm, dh_TR.t(), dropped)
             del dropped
         if wanted:

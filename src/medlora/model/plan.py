@@ -344,7 +344,8 @@ def _room_bytes(shape: Shape, work: Work, recompute: Recompute) -> tuple[float, 
         R = lora.r * len(targets & set(group))
         outputs = sum(shape.modules[name][0] for name in group)
         corners += R * (outputs + R) - lora.r * sum(shape.modules[name][0] for name in targets & set(group))
-        behind += R * (group[0] in kept and lora.lora_dropout == 0)
+        # h lies there behind attention, unless it is dropped out
+        behind += R * (group[0] in kept and (lora.lora_dropout == 0) != (group == ("o_proj",)))
     return work.width * shape.layers * corners, work.width * shape.layers * behind
 
 
