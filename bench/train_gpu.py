@@ -21,8 +21,8 @@ answer a line.
 
 Reported are medians over synchronised optimizer steps, the first third left out, of real (not padding)
 tokens a second and seconds, then tokens a second of all steps, compilation and capture among them, with the
-peak of allocated memory and the mean loss. C, D and Q take three times `--steps`: theirs are short. Whether
-medlora replays them as CUDA graphs hangs on how many there are.
+peak of allocated memory and the mean loss. C, D and Q train the original script's 100 steps, whatever `--steps`
+says: whether medlora replays them as CUDA graphs hangs on how many there are.
 """
 
 import argparse
@@ -48,6 +48,7 @@ SIDES = ("medlora", "trl", "liger", "unsloth")
 NEEDS = {"liger": "liger_kernel", "unsloth": "unsloth"}
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FULL = 2048
+SCRIPT = 100  # steps of the original script
 GIB = 2**30
 
 
@@ -131,10 +132,10 @@ def examples(setting: Setting, data: Path | None, tokenizer: Any, wanted: int, f
     return [Example("", ids, [IGNORE, *ids[1:]]) for ids in rows[:wanted]]
 
 
-def packed(setting: Setting, data: Path | None, tokenizer: Any, full: int) -> Setting:
+def packed(setting: Setting, data: Path | None, tokenizer: Any, full: int, steps: int) -> Setting:
     """Of whole documents, so many a step that their average is 0.85 of the setting's tokens."""
     setting = replace(setting, full_rows=False)
-    some = examples(setting, data, tokenizer, 1000, full)
+    some = examples(setting, data, tokenizer, 5 * setting.batch * steps, full)
     each = statistics.mean(len(row.input_ids) for row in some)
     return replace(setting, batch=round(0.85 * setting.batch * full / each))
 
@@ -273,10 +274,10 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
     from medlora.train.trainer import running
 
     full = 64 if arguments.tiny else FULL
-    steps = arguments.steps * (1 if setting.full_rows else 3)
+    steps = arguments.steps if setting.full_rows or arguments.tiny else SCRIPT
     warm_up = steps // 3
     if setting.documents and side == "medlora":
-        setting = packed(setting, arguments.data, tokenizer, full)
+        setting = packed(setting, arguments.data, tokenizer, full, steps)
     wanted = setting.batch * setting.accumulation * steps
     rows = examples(setting, arguments.data, tokenizer, wanted, full)
     fresh()
