@@ -75,10 +75,14 @@ def test_documents_of_any_length(borders):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("heads", [(8, 8, 128), (8, 2, 64)], ids=["heads", "grouped"])
 @pytest.mark.parametrize(
-    "borders", [[0, 512, 1024], [0, 2048, 4096], [0, 768], [0, 100, 612, 700]], ids=["dense", "long", "one", "ragged"]
+    "borders", [[0, 512, 1024], [0, 2048, 4096], [0, 1280], [0, 100, 612, 700]], ids=["short", "dense", "one", "ragged"]
 )
-def test_on_a_gpu_the_kernels_give_the_same(borders, heads):
-    (out, grad), (expected, expected_grad) = both(attention, borders, heads, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "flash"])
+def test_on_a_gpu_the_kernels_give_the_same(borders, heads, tiled):
+    def way(qkv, row, *how):
+        return attention(qkv, row if tiled else row._replace(tiles=None), *how)
+
+    (out, grad), (expected, expected_grad) = both(way, borders, heads, torch.bfloat16, "cuda")
     assert out.isfinite().all() and grad.isfinite().all()
     assert (out - expected).norm() < 0.01 * expected.norm()
     assert (grad - expected_grad).norm() < 0.015 * expected_grad.norm()
@@ -86,9 +90,13 @@ def test_on_a_gpu_the_kernels_give_the_same(borders, heads):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_a_row_has_the_same_gradients_each_time():
+@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "flash"])
+def test_on_a_gpu_a_row_has_the_same_gradients_each_time(tiled):
+    def way(qkv, row, *how):
+        return attention(qkv, row if tiled else row._replace(tiles=None), *how)
+
     first, *others = (
-        both(attention, [0, 700, 1000, 1900, 2384], (8, 8, 128), torch.bfloat16, "cuda")[0][1] for _ in range(4)
+        both(way, [0, 700, 1000, 1900, 2384], (8, 8, 128), torch.bfloat16, "cuda")[0][1] for _ in range(4)
     )
     assert all(torch.equal(first, other) for other in others)
 

@@ -57,14 +57,14 @@ def test_add_and_norm(T, D, dtype, device, close):
 
 
 def test_many_rows(device, close):
-    x, residual, weight, dy, _ = inputs(2049, 16, torch.float32, device)
+    x, residual, weight, dy, _ = inputs(600, 16, torch.float32, device)
     (h32, w32) = leaves(x + residual, weight)
     reference.rms_norm(h32, w32, EPS)[0].backward(dy)
     x.requires_grad_()
     weight.requires_grad_()
     add_rms_norm(x, residual, weight, EPS)[0].backward(dy)
     close(x.grad, h32.grad)
-    close(weight.grad, w32.grad, roundings=4)  # sums of 2049 terms in another order
+    close(weight.grad, w32.grad, roundings=4)  # sums of 600 terms in another order
 
 
 @pytest.mark.parametrize("added", [False, True])

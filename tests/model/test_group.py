@@ -254,6 +254,29 @@ def test_weights_that_are_not_kept_lie_beside_the_adapters_while_long_rows_pass(
     assert stacked.count(True) == (6 if every else 2)
 
 
+def test_so_they_do_where_something_is_dropped_out(roomy_rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward; backward the mask stands between."""
+    model, batch = make(ALL, lora={"r": 16, "lora_dropout": 0.3}), pack(documents((5, 9, 3)))
+    quantize(model.get_base_model().model)
+    stacked: list[bool] = []
+    together = Group.stacked
+    monkeypatch.setattr(
+        Group, "stacked", lambda self, scratch, *, back: (stacked.append(back), together(self, scratch, back=back))[1]
+    )
+    found = []
+    for long in (10**6, 1):
+        monkeypatch.setattr(fused_module, "LONG", long)
+        torch.manual_seed(3)
+        with packing(model, fuse=True):
+            loss = packed_loss(model, batch)[0]
+            loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    (apart, grads), (loss, same) = found
+    assert stacked == [False] * 6
+    assert torch.allclose(loss, apart, rtol=1e-6)
+    assert_equal(same, grads)
+
+
 def test_a_row_that_was_long_goes_back_beside_short_ones(roomy_rows: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether weights are lent is the row's matter that passes; what it has left behind is not mistaken."""
     model, rows = make(ALL, lora={"r": 16}), [pack(documents(lengths)) for lengths in ((4, 5), (2, 3))]

@@ -136,6 +136,15 @@ def test_a_step_that_is_not_cut_is_not_replayed_for_the_rows_it_might_have_had()
         assert choose(plans(LLAMA, asked), 140 * GIB).replayed == choose(whole, 140 * GIB).replayed
 
 
+def test_tiles_need_no_gradient_in_float32() -> None:
+    asked = work(*ALL_LINEAR)
+    peaks = [
+        predict(LLAMA, work, 1, "offload", False, "adamw_8bit").peak_bytes
+        for work in (asked, replace(asked, tiled=False), replace(asked, alike=True))
+    ]
+    assert peaks[0] < peaks[1] == peaks[2]
+
+
 def test_a_prime_number_of_samples_can_be_cut() -> None:
     samples = "training.per_device_train_batch_size=41", "training.gradient_accumulation_steps=1"
     asked = work(*ALL_LINEAR, *samples, tokens=32_000, longest=1024)

@@ -1,6 +1,6 @@
 """Causal attention of a packed row that stays inside its documents, with the rotary embedding before it.
 
-Documents of any length pass in one launch: by tiles (`document_attention`) where Triton takes their head size, else by
+Documents of any length pass in one launch: by tiles (`document_attention`) on Hopper and later, else by
 the flash kernel behind torch.nn.attention.varlen, called through aten. Either stands in an autograd function that owns
 the fused q, k, v buffer: the rotation happens in that buffer, and the backward pass gives the three gradients as one,
 ready for the product that follows. Elsewhere (float32, odd head sizes, a CPU) documents pass one by one through
@@ -29,8 +29,8 @@ from .document_attention import document_attention, document_attention_backward,
 from .rope import rope, rope_, rope_back
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
-# For documents of one length, where it is a multiple of this; the first of them that can.
-DENSE_MULTIPLE = 256
+# For documents of one length, where it is a multiple of this and not short; the first of them that can.
+DENSE_MULTIPLE, DENSE_LENGTH = 256, 1024
 DENSE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Not cuDNN's: with torch's own choice of backend, which may be that one, rows of short documents gave NaN.
 SAFE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -185,7 +185,7 @@ def _dense_attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], s
 
 def _is_dense(qkv: Tensor, row: Documents) -> bool:
     """Whether a Hopper card takes the row as a batch of documents of one length."""
-    fit = row.alike and row.longest % DENSE_MULTIPLE == 0 and row.longest > DENSE_MULTIPLE
+    fit = row.alike and row.longest % DENSE_MULTIPLE == 0 and row.longest >= DENSE_LENGTH
     return fit and torch.cuda.get_device_capability(qkv.device)[0] == 9
 
 

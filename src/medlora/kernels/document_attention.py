@@ -25,6 +25,7 @@ from .dispatch import ceil_div, jit, next_power_of_2, roomy, tl, use_triton
 
 TILE = 64  # tokens of a document that a program owns
 HEAD_SIZES = (32, 64, 128)
+CAPABILITY = 9  # on Hopper these kernels are faster than flash attention; on earlier cards nobody has looked
 LOG2_E = math.log2(math.e)
 
 
@@ -46,10 +47,11 @@ def _tiles_kernel(starts: tl.tensor, tiles: tl.tensor, documents: int, TILE: tl.
 
 
 @jit
-def _tile(x: tl.tensor, row: int, token: tl.tensor, inside: tl.tensor, C: tl.constexpr) -> tl.tensor:
-    """One head of some tokens [tokens, C], zero where they are not of the document."""
-    at = token.to(tl.int64)[:, None] * row + tl.arange(0, C)[None, :]
-    return tl.load(x + at, inside[:, None], other=0.0)
+def _tile(x: tl.tensor, row: int, first: tl.tensor, stop: tl.tensor, N: tl.constexpr, C: tl.constexpr) -> tl.tensor:
+    """One head of N tokens from `first` on [N, C], zero from `stop` on."""
+    token = tl.arange(0, N)[:, None]
+    at = token * row + tl.arange(0, C)[None, :]  # 32 bits: within a document
+    return tl.load(x + tl.cast(first, tl.int64) * row + at, token < stop - first, other=0.0)
 
 
 @jit
@@ -98,14 +100,14 @@ def _forward_kernel(
         return
     token = first + tl.arange(0, TILE)
     inside = token < stop
-    q = _tile(qkv + head * C, row, token, inside, C)
+    q = _tile(qkv + head * C, row, first, stop, TILE, C)
     keys = qkv + (H + head // (H // K)) * C
     top = tl.full((TILE,), float("-inf"), tl.float32)
     total = tl.zeros((TILE,), tl.float32)
     o = tl.zeros((TILE, C), tl.float32)
     for step in tl.range(start, tl.minimum(first + TILE, stop), STEP):
         key = step + tl.arange(0, STEP)
-        k, v = _tile(keys, row, key, key < stop, C), _tile(keys + K * C, row, key, key < stop, C)
+        k, v = _tile(keys, row, step, stop, STEP, C), _tile(keys + K * C, row, step, stop, STEP, C)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         s = tl.where(token[:, None] >= key[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
@@ -150,9 +152,9 @@ def _queries_kernel(
         return
     token = first + tl.arange(0, TILE)
     inside = token < stop
-    q = _tile(qkv + head * C, row, token, inside, C)
-    do = _tile(grad + head * C, grad_row, token, inside, C)
-    o = _tile(out + head * C, out_row, token, inside, C)
+    q = _tile(qkv + head * C, row, first, stop, TILE, C)
+    do = _tile(grad + head * C, grad_row, first, stop, TILE, C)
+    o = _tile(out + head * C, out_row, first, stop, TILE, C)
     each = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + head * T + token, each, inside)
     weight = tl.load(lse + head * T + token, inside, other=float("inf"))
@@ -160,7 +162,7 @@ def _queries_kernel(
     dq = tl.zeros((TILE, C), tl.float32)
     for step in tl.range(start, tl.minimum(first + TILE, stop), STEP):
         key = step + tl.arange(0, STEP)
-        k, v = _tile(keys, row, key, key < stop, C), _tile(keys + K * C, row, key, key < stop, C)
+        k, v = _tile(keys, row, step, stop, STEP, C), _tile(keys + K * C, row, step, stop, STEP, C)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         p = tl.where(token[:, None] >= key[None, :], tl.exp2(s - weight[:, None]), 0.0)
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - each[:, None])
@@ -198,16 +200,16 @@ def _keys_kernel(
         return
     key = first + tl.arange(0, TILE)
     inside = key < stop
-    k = _tile(qkv + (H + head) * C, row, key, inside, C)
-    v = _tile(qkv + (H + K + head) * C, row, key, inside, C)
+    k = _tile(qkv + (H + head) * C, row, first, stop, TILE, C)
+    v = _tile(qkv + (H + K + head) * C, row, first, stop, TILE, C)
     dk = tl.zeros((TILE, C), tl.float32)
     dv = tl.zeros((TILE, C), tl.float32)
     for reader in range(head * (H // K), (head + 1) * (H // K)):
         for step in tl.range(first, stop, STEP):
             token = step + tl.arange(0, STEP)
             known = token < stop
-            q = _tile(qkv + reader * C, row, token, known, C)
-            do = _tile(grad + reader * C, grad_row, token, known, C)
+            q = _tile(qkv + reader * C, row, step, stop, STEP, C)
+            do = _tile(grad + reader * C, grad_row, step, stop, STEP, C)
             weight = tl.load(lse + reader * T + token, known, other=float("inf"))
             each = tl.load(delta + reader * T + token, known, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
@@ -223,7 +225,8 @@ def _keys_kernel(
 
 def takes(x: Tensor, head_size: int) -> bool:
     """Whether these kernels serve x's device and head size."""
-    return x.is_cuda and use_triton(x) and head_size in HEAD_SIZES
+    fit = x.is_cuda and use_triton(x) and head_size in HEAD_SIZES
+    return fit and torch.cuda.get_device_capability(x.device)[0] >= CAPABILITY
 
 
 def tiles_of(starts: Tensor, tokens: int) -> Tensor:
@@ -284,7 +287,7 @@ def document_attention_backward(
     _queries_kernel[(len(tiles), H)](
         qkv, out, grad, d_qkv, lse, delta, cos, sin, tiles,
         qkv.stride(0), out.stride(0), grad.stride(0), d_qkv.stride(0), cos.stride(0), *common,
-        C=C, TILE=TILE, STEP=32, num_warps=4, num_stages=3,
+        C=C, TILE=TILE, STEP=32, num_warps=4, num_stages=4,
     )  # fmt: skip
     _keys_kernel[(len(tiles), K)](
         qkv, grad, d_qkv, lse, delta, cos, sin, tiles,

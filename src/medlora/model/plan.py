@@ -21,7 +21,7 @@ import torch
 
 from medlora.data.prompts import Example
 from medlora.kernels.dispatch import next_power_of_2
-from medlora.kernels.document_attention import HEAD_SIZES
+from medlora.kernels.document_attention import CAPABILITY, HEAD_SIZES
 from medlora.kernels.product import LONG
 from medlora.model.fused import Recompute
 from medlora.model.graphs import ROUND, rounded
@@ -148,6 +148,8 @@ class Work:
     """Bytes of host memory that are free."""
     flops: float = FLOPS
     """Of the device's products, a second."""
+    tiled: bool = True
+    """Attention passes by tiles, where heads and rows allow it."""
 
     @classmethod
     def of(cls, recipe: Recipe, train: Sequence[Example] = (), **device: Any) -> "Work":
@@ -284,6 +286,7 @@ def resources(device: torch.device, width: int) -> dict[str, Any]:
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         found["flops"] = card.multi_processor_count * RATES.get((card.major, card.minor), RATE)
+        found["tiled"] = card.major >= CAPABILITY
     return found
 
 
@@ -407,7 +410,8 @@ def _work_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) 
     F = shape.intermediate * (1 + twice + 2 * (recompute == "selective"))
     ordered = 4 * q * -(-MULTIPROCESSORS // (documents * shape.heads))
     grouped = 2 * q * (shape.heads != shape.kv_heads)
-    apart = 4 * shape.heads if C in HEAD_SIZES and not work.alike else work.width * grouped + ordered
+    tiled = work.tiled and C in HEAD_SIZES and not work.alike
+    apart = 4 * shape.heads if tiled else work.width * grouped + ordered
     attention = work.width * (2 * q + kv + 2 * shape.hidden) + apart
     return attention, work.width * (F + 2 * shape.hidden)
 
