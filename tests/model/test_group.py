@@ -224,6 +224,16 @@ def roomy_rows(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_module, "ROUND", 1)
 
 
+def stackings(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each product that will take adapters along, whether it goes back."""
+    found: list[bool] = []
+    together = Group.stacked
+    monkeypatch.setattr(
+        Group, "stacked", lambda self, scratch, *, back: (found.append(back), together(self, scratch, back=back))[1]
+    )
+    return found
+
+
 @pytest.mark.parametrize(("targets", "rank"), [(ALL, 16), (["q_proj", "v_proj", "down_proj"], 8)], ids=["all", "some"])
 @pytest.mark.parametrize("way", ["none", "selective", "full", "offload"])
 def test_weights_that_are_not_kept_lie_beside_the_adapters_while_long_rows_pass(
@@ -231,11 +241,7 @@ def test_weights_that_are_not_kept_lie_beside_the_adapters_while_long_rows_pass(
 ) -> None:
     model, batch = make(targets, lora={"r": rank}), pack(documents((5, 9, 3)))
     quantize(model.get_base_model().model)
-    stacked: list[bool] = []
-    together = Group.stacked
-    monkeypatch.setattr(
-        Group, "stacked", lambda self, scratch, *, back: (stacked.append(back), together(self, scratch, back=back))[1]
-    )
+    stacked = stackings(monkeypatch)
     found = []
     for long in (10**6, 1):
         monkeypatch.setattr(fused_module, "LONG", long)
@@ -258,11 +264,7 @@ def test_so_they_do_where_something_is_dropped_out(roomy_rows: None, monkeypatch
     """Forward; backward the mask stands between."""
     model, batch = make(ALL, lora={"r": 16, "lora_dropout": 0.3}), pack(documents((5, 9, 3)))
     quantize(model.get_base_model().model)
-    stacked: list[bool] = []
-    together = Group.stacked
-    monkeypatch.setattr(
-        Group, "stacked", lambda self, scratch, *, back: (stacked.append(back), together(self, scratch, back=back))[1]
-    )
+    stacked = stackings(monkeypatch)
     found = []
     for long in (10**6, 1):
         monkeypatch.setattr(fused_module, "LONG", long)

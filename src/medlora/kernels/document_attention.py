@@ -47,10 +47,17 @@ def _tiles_kernel(starts: tl.tensor, tiles: tl.tensor, documents: int, TILE: tl.
 
 
 @jit
+def _owned(tiles: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """This program's document (start, stop), first token and head."""
+    entry = tiles + 3 * tl.program_id(0)
+    return tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.program_id(1)
+
+
+@jit
 def _tile(x: tl.tensor, row: int, first: tl.tensor, stop: tl.tensor, N: tl.constexpr, C: tl.constexpr) -> tl.tensor:
     """One head of N tokens from `first` on [N, C], zero from `stop` on."""
     token = tl.arange(0, N)[:, None]
-    at = token * row + tl.arange(0, C)[None, :]  # 32 bits: within a document
+    at = token * row + tl.arange(0, C)[None, :]  # 32 bits do within a tile
     return tl.load(x + tl.cast(first, tl.int64) * row + at, token < stop - first, other=0.0)
 
 
@@ -94,8 +101,7 @@ def _forward_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """A tile of queries of one head. `scale` and lse [H, T] belong to powers of two."""
-    entry, head = tiles + 3 * tl.program_id(0), tl.program_id(1)
-    start, stop, first = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    start, stop, first, head = _owned(tiles)
     if first >= stop:
         return
     token = first + tl.arange(0, TILE)
@@ -146,8 +152,7 @@ def _queries_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """dq of a tile of queries of one head; and delta [H, T], the product of each output with its gradient."""
-    entry, head = tiles + 3 * tl.program_id(0), tl.program_id(1)
-    start, stop, first = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    start, stop, first, head = _owned(tiles)
     if first >= stop:
         return
     token = first + tl.arange(0, TILE)
@@ -194,8 +199,7 @@ def _keys_kernel(
     STEP: tl.constexpr,
 ) -> None:
     """dk and dv of a tile of one key head, by the queries behind of each head that reads it."""
-    entry, head = tiles + 3 * tl.program_id(0), tl.program_id(1)
-    stop, first = tl.load(entry + 1), tl.load(entry + 2)
+    _, stop, first, head = _owned(tiles)
     if first >= stop:
         return
     key = first + tl.arange(0, TILE)
