@@ -12,9 +12,9 @@ answer a line.
     A  8 rows of 2048 tokens, text run together, all linear modules, no dropout
     P  the same text by medlora's packing: whole documents, so many a step that few have more tokens than A's,
        attention inside each; peers, whose packing without a flash-attention package mixes them, train A's rows
-    F  the same, the frozen products in FP8 (medlora alone)
-    B  the same, activations recomputed
-    L  the same in as little memory as 14,000 tokens/s allow
+    F  as A, the frozen products in FP8 (medlora alone)
+    B  as A, activations recomputed
+    L  as A, in as little memory as 14,000 tokens/s allow
     C  batch 2, accumulation 2, questions with their answers, dropout 0.1, q and v
     D  the same, all linear modules
     Q  as C, in as little memory as 8,000 tokens/s allow

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from medlora.kernels import document_attention
+
 F32 = "*fp32"
 NF4 = {"codes": "*u8", "absmax": F32, "code": F32, "outer": F32, "offset": F32}
 RMS = {"rms": F32, "dw": F32}
@@ -22,8 +24,7 @@ PRODUCT = {"LORA": True, "RESIDUAL": True, "ASM": True, "BN": 64, "BR": 64, "STE
 PREPARE = {"D": 4096, "CHUNK": 4096, "RANKS": 4, "EARLY": True}
 PAGED = {"table": "*i32", "lengths": "*i32", "parts": F32, "lse": F32}
 DOCUMENTS = {"tiles": "*i32", "lse": F32, "delta": F32}
-TILES = {"C": 128, "TILE": 64, "STEP": 64}
-CASES = [  # module, kernel, pointers, constants, warps
+CASES = [  # module, kernel, pointers, constants, warps or all that is launched with
     ("nf4", "_dequantize_kernel", NF4, {"DOUBLE": False, "BLOCKS": 64}, 4),
     ("nf4", "_dequantize_kernel", NF4 | {"absmax": "*u8"}, {"DOUBLE": True, "BLOCKS": 64}, 4),
     ("nf4", "_dequantize_kernel", NF4 | {"absmax": "*bf16"}, {"DOUBLE": False, "BLOCKS": 64}, 4),
@@ -66,9 +67,9 @@ CASES = [  # module, kernel, pointers, constants, warps
     ),
     ("copies", "_copy_kernel", {"table": "*i64", "source": F32}, {"SHARE": 4096}, 8),
     ("document_attention", "_tiles_kernel", {"starts": "*i32", "tiles": "*i32"}, {"TILE": 64, "SPAN": 64}, 1),
-    ("document_attention", "_forward_kernel", DOCUMENTS, TILES, 4),
-    ("document_attention", "_queries_kernel", DOCUMENTS, TILES, 4),
-    ("document_attention", "_keys_kernel", DOCUMENTS, TILES, 4),
+    ("document_attention", "_forward_kernel", DOCUMENTS, {"C": 128}, document_attention.FORWARD),
+    ("document_attention", "_queries_kernel", DOCUMENTS, {"C": 128}, document_attention.QUERIES),
+    ("document_attention", "_keys_kernel", DOCUMENTS, {"C": 128}, document_attention.KEYS),
     ("decode_attention", "_rope_append_kernel", PAGED, {"HEADS": 1, "HALF": 64, "EARLY": True}, 1),
     ("decode_attention", "_rope_append_kernel", PAGED, {"HEADS": 8, "HALF": 64, "EARLY": True}, 1),
     ("decode_attention", "_attention_kernel", PAGED, {"SHARES": 1, "GROUP": 16, "WIDTH": 128, "EARLY": True}, 4),
@@ -97,13 +98,15 @@ def main():
     from triton.backends.compiler import GPUTarget
 
     types = {"tl.tensor": "*bf16", "tl.constexpr": "constexpr", "int": "i32", "tl.int64": "i64", "float": "fp32"}
-    for module, name, pointers, constants, warps in CASES:
+    for module, name, pointers, constants, how in CASES:
+        options = {"num_warps": how} if isinstance(how, int) else {k: v for k, v in how.items() if k.islower()}
+        more = {} if isinstance(how, int) else {k: v for k, v in how.items() if k.isupper()}
         kernel = getattr(import_module(f"medlora.kernels.{module}"), name)
         notes = kernel.fn.__annotations__
         signature = {arg: pointers.get(arg, types[notes[arg]]) for arg in kernel.arg_names}
-        ones = {arg: 1 for arg, kind in signature.items() if kind == "constexpr" and arg not in constants}
-        source = triton.compiler.ASTSource(kernel, signature, constants | ones)
-        triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
+        ones = {arg: 1 for arg, kind in signature.items() if kind == "constexpr"}
+        source = triton.compiler.ASTSource(kernel, signature, ones | constants | more)
+        triton.compile(source, GPUTarget("cuda", 90, 32), options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from medlora.data.prompts import Example
 from medlora.model.packed import pack, packed_loss, packing, split
 from medlora.model.plan import FLOPS, GIB, SHAPES, Plan, Shape, Work, choose, fall_back, plans, predict, table
 from medlora.recipe import Recipe, load_recipe
+from medlora.train.trainer import PackedTrainer
 
 LLAMA = next(shape for shape in SHAPES if shape.name == "Llama-2-7B")
 ALL_LINEAR = ("lora.target_modules=all-linear", "lora.lora_dropout=0", "lora.r=64")
@@ -138,11 +140,30 @@ def test_a_step_that_is_not_cut_is_not_replayed_for_the_rows_it_might_have_had()
 
 def test_tiles_need_no_gradient_in_float32() -> None:
     asked = work(*ALL_LINEAR)
-    peaks = [
-        predict(LLAMA, work, 1, "offload", False, "adamw_8bit").peak_bytes
-        for work in (asked, replace(asked, tiled=False), replace(asked, alike=True))
+    tokens = [
+        predict(LLAMA, each, 1, "offload", False, "adamw_8bit").token_bytes
+        for each in (asked, replace(asked, tiled=False), replace(asked, alike=True))
     ]
-    assert peaks[0] < peaks[1] == peaks[2]
+    assert tokens[0] < tokens[1] == tokens[2]
+
+
+def test_samples_of_one_length_are_cut_whole() -> None:
+    rows = [Example("", [1] * 2048, [1] * 2048)] * 41
+    one = "training.per_device_train_batch_size=41", "training.gradient_accumulation_steps=1"
+    asked = Work.of(recipe(*ALL_LINEAR, *one), rows)
+    for cut in range(1, 9):
+        plan, batch = predict(LLAMA, asked, cut, "none", False, "adamw_torch_fused"), pack(rows)
+        trainer = SimpleNamespace(plan=plan)
+        assert len(PackedTrainer._cut(trainer, batch)) <= cut
+    short = [Example("", [1] * 100, [1] * 100)]
+    assert asked.alike and not Work.of(recipe(*ALL_LINEAR, *one), [*rows[1:], *short]).alike
+    assert Work.of(recipe(*ALL_LINEAR, *one), [*rows, *short]).alike  # the largest step is
+
+
+def test_what_goes_in_and_out_of_a_graph_is_counted_beside_the_room() -> None:
+    asked = replace(short(*ALL_LINEAR), tokens=8192)
+    plan = predict(LLAMA, asked, 1, "none", True, "adamw_torch_fused")
+    assert plan.replay is not None and plan.replay.token_bytes == 2 * 2 * (LLAMA.hidden + 128)
 
 
 def test_a_prime_number_of_samples_can_be_cut() -> None:

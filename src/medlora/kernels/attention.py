@@ -1,6 +1,6 @@
 """Causal attention of a packed row that stays inside its documents, with the rotary embedding before it.
 
-Documents of any length pass in one launch: by tiles (`document_attention`) on Hopper and later, else by
+Documents of any length pass in one launch: by tiles (`document_attention`) on Hopper, else by
 the flash kernel behind torch.nn.attention.varlen, called through aten. Either stands in an autograd function that owns
 the fused q, k, v buffer: the rotation happens in that buffer, and the backward pass gives the three gradients as one,
 ready for the product that follows. Elsewhere (float32, odd head sizes, a CPU) documents pass one by one through
@@ -25,7 +25,7 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dispatch import upload
-from .document_attention import document_attention, document_attention_backward, takes, tiles_of
+from .document_attention import HEAD_SIZES, document_attention, document_attention_backward, serves, tiles_of
 from .rope import rope, rope_, rope_back
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -65,7 +65,7 @@ class Documents(NamedTuple):
 
 
 def _tiles(starts: Tensor, cos: Tensor) -> Tensor | None:
-    return tiles_of(starts, len(cos)) if takes(cos, cos.shape[1]) else None
+    return tiles_of(starts, len(cos)) if cos.shape[1] in HEAD_SIZES and serves(cos) else None
 
 
 class Tails(NamedTuple):
@@ -98,6 +98,7 @@ class _TiledAttention(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (qkv, out, lse), row = ctx.saved_tensors, ctx.row
+        grad = grad if grad.stride(1) == 1 else grad.contiguous()
         d_qkv = document_attention_backward(grad, qkv, out, lse, row.tiles, ctx.heads, ctx.scale, row.cos, row.sin)
         return d_qkv, None, None, None, None
 
@@ -183,10 +184,14 @@ def _dense_attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], s
     return out.transpose(1, 2).reshape(len(qkv), -1)
 
 
+def dense_length(tokens: int) -> bool:
+    """Whether documents that are all of so many tokens pass as a batch, where a card does so."""
+    return tokens % DENSE_MULTIPLE == 0 and tokens >= DENSE_LENGTH
+
+
 def _is_dense(qkv: Tensor, row: Documents) -> bool:
     """Whether a Hopper card takes the row as a batch of documents of one length."""
-    fit = row.alike and row.longest % DENSE_MULTIPLE == 0 and row.longest >= DENSE_LENGTH
-    return fit and torch.cuda.get_device_capability(qkv.device)[0] == 9
+    return row.alike and dense_length(row.longest) and torch.cuda.get_device_capability(qkv.device)[0] == 9
 
 
 def _heads(qkv: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,19 +35,22 @@ class Copies:
     def __init__(self, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         self.sources, self.targets = list(sources), list(targets)
         self.at: list[int] = []
-        self.table: Tensor | None = None
+        self.tables: list[Tensor | None] = [None]
+        """The last one serves; what has been captured reads earlier ones."""
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Copy; the sources may lie elsewhere than last time, the targets not."""
         at = [source.data_ptr() for source in self.sources]
         if at != self.at:
-            self.at, self.table = at, self._described(at)
-        if self.table is None:
+            self.at = at
+            self.tables.append(self._described(at))
+        table = self.tables[-1]
+        if table is None:
             torch._foreach_copy_(self.targets, self.sources)
             return
         shares = ceil_div(max(target.numel() for target in self.targets), SHARE)
-        _copy_kernel[(shares, len(at))](self.table, self.sources[0], self.targets[0], SHARE=SHARE, num_warps=8)
+        _copy_kernel[(shares, len(at))](table, self.sources[0], self.targets[0], SHARE=SHARE, num_warps=8)
 
     def _described(self, at: list[int]) -> Tensor | None:
         """A row of each for the kernel, where it can serve."""

@@ -8,8 +8,8 @@ a tile of queries, or in the second half of the backward pass one of keys, and a
 once more, nothing is written but results, and those have the same bits each time. Gradients leave through the inverse
 rotation, so that no pass over them follows.
 
-Which tokens a program owns stands in a table, made of the documents' borders once a row, on the device. Its size
-follows from shapes alone.
+Which tokens a program owns stands in a table, made of the documents' borders on the device. Its size follows from
+shapes alone.
 
 Shapes: T tokens of the row, H query heads, K key heads, C head size.
 """
@@ -17,6 +17,7 @@ Shapes: T tokens of the row, H query heads, K key heads, C head size.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,11 +26,15 @@ from .dispatch import ceil_div, jit, next_power_of_2, roomy, tl, use_triton
 
 TILE = 64  # tokens of a document that a program owns
 HEAD_SIZES = (32, 64, 128)
-CAPABILITY = 9  # on Hopper these kernels are faster than flash attention; on earlier cards nobody has looked
+CAPABILITY = 9  # of Hopper, where these kernels are faster than flash attention; elsewhere nobody has looked
 LOG2_E = math.log2(math.e)
+FORWARD = {"TILE": TILE, "STEP": 32, "num_warps": 4, "num_stages": 3}
+QUERIES = FORWARD | {"num_stages": 4}
+KEYS = {"TILE": TILE, "STEP": 64, "num_warps": 4, "num_stages": 1}
+unspecialized = partial(jit, do_not_specialize=["T", "documents"])  # or prompts of other lengths would compile again
 
 
-@jit
+@unspecialized
 def _tiles_kernel(starts: tl.tensor, tiles: tl.tensor, documents: int, TILE: tl.constexpr, SPAN: tl.constexpr) -> None:
     """Of one tile: the document is that before whose end it lies, tiles counted."""
     tile = tl.program_id(0)
@@ -65,6 +70,7 @@ def _tile(x: tl.tensor, row: int, first: tl.tensor, stop: tl.tensor, N: tl.const
 def _store_rotated_back(
     x: tl.tensor,
     grad: tl.tensor,
+    scale: float,
     row: int,
     cos: tl.tensor,
     sin: tl.tensor,
@@ -73,8 +79,10 @@ def _store_rotated_back(
     inside: tl.tensor,
     C: tl.constexpr,
 ) -> None:
-    """The gradient of a rotated head [tokens, C] as that of the head before."""
+    """The gradient of a rotated head [tokens, C], but for the scores' scale to powers of two, as that of the head
+    before."""
     HALF: tl.constexpr = C // 2
+    grad *= scale * 0.6931471805599453  # ln 2
     a, b = tl.split(tl.permute(tl.reshape(grad, (grad.shape[0], 2, HALF)), (0, 2, 1)))
     token, col, inside = token.to(tl.int64)[:, None], tl.arange(0, HALF)[None, :], inside[:, None]
     c = tl.load(cos + token * table_row + col, inside, other=0.0).to(tl.float32)
@@ -84,7 +92,7 @@ def _store_rotated_back(
     tl.store(at + HALF, (b * c - a * s).to(x.dtype.element_ty), inside)
 
 
-@jit
+@unspecialized
 def _forward_kernel(
     qkv: tl.tensor,
     out: tl.tensor,
@@ -127,7 +135,7 @@ def _forward_kernel(
     tl.store(lse + head * T + token, top + tl.log2(total), inside)
 
 
-@jit
+@unspecialized
 def _queries_kernel(
     qkv: tl.tensor,
     out: tl.tensor,
@@ -172,11 +180,10 @@ def _queries_kernel(
         p = tl.where(token[:, None] >= key[None, :], tl.exp2(s - weight[:, None]), 0.0)
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - each[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    dq *= scale * 0.6931471805599453  # ln 2
-    _store_rotated_back(d_qkv + head * C, dq, d_row, cos, sin, table_row, token, inside, C)
+    _store_rotated_back(d_qkv + head * C, dq, scale, d_row, cos, sin, table_row, token, inside, C)
 
 
-@jit
+@unspecialized
 def _keys_kernel(
     qkv: tl.tensor,
     grad: tl.tensor,
@@ -221,16 +228,14 @@ def _keys_kernel(
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - each[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    dk *= scale * 0.6931471805599453
-    _store_rotated_back(d_qkv + (H + head) * C, dk, d_row, cos, sin, table_row, key, inside, C)
+    _store_rotated_back(d_qkv + (H + head) * C, dk, scale, d_row, cos, sin, table_row, key, inside, C)
     at = key.to(tl.int64)[:, None] * d_row + (H + K + head) * C + tl.arange(0, C)[None, :]
     tl.store(d_qkv + at, dv.to(d_qkv.dtype.element_ty), inside[:, None])
 
 
-def takes(x: Tensor, head_size: int) -> bool:
-    """Whether these kernels serve x's device and head size."""
-    fit = x.is_cuda and use_triton(x) and head_size in HEAD_SIZES
-    return fit and torch.cuda.get_device_capability(x.device)[0] >= CAPABILITY
+def serves(x: Tensor) -> bool:
+    """Whether these kernels run on x's device."""
+    return x.is_cuda and use_triton(x) and torch.cuda.get_device_capability(x.device)[0] == CAPABILITY
 
 
 def tiles_of(starts: Tensor, tokens: int) -> Tensor:
@@ -262,7 +267,7 @@ def document_attention(
     lse = torch.empty(H, T, dtype=torch.float32, device=qkv.device)
     _forward_kernel[(len(tiles), H)](
         qkv, out, lse, tiles, qkv.stride(0), out.stride(0), T, H, K, scale * LOG2_E,
-        C=C, TILE=TILE, STEP=32, num_warps=4, num_stages=3,
+        C=C, **FORWARD,
     )  # fmt: skip
     return out, lse
 
@@ -291,11 +296,11 @@ def document_attention_backward(
     _queries_kernel[(len(tiles), H)](
         qkv, out, grad, d_qkv, lse, delta, cos, sin, tiles,
         qkv.stride(0), out.stride(0), grad.stride(0), d_qkv.stride(0), cos.stride(0), *common,
-        C=C, TILE=TILE, STEP=32, num_warps=4, num_stages=4,
+        C=C, **QUERIES,
     )  # fmt: skip
     _keys_kernel[(len(tiles), K)](
         qkv, grad, d_qkv, lse, delta, cos, sin, tiles,
         qkv.stride(0), grad.stride(0), d_qkv.stride(0), cos.stride(0), *common,
-        C=C, TILE=TILE, STEP=64, num_warps=4, num_stages=1,
+        C=C, **KEYS,
     )  # fmt: skip
     return d_qkv

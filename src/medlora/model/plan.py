@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from medlora.data.prompts import Example
+from medlora.kernels.attention import dense_length
 from medlora.kernels.dispatch import next_power_of_2
-from medlora.kernels.document_attention import CAPABILITY, HEAD_SIZES
+from medlora.kernels.document_attention import HEAD_SIZES, serves
 from medlora.kernels.product import LONG
 from medlora.model.fused import Recompute
 from medlora.model.graphs import ROUND, rounded
@@ -140,7 +141,7 @@ class Work:
     steps: tuple[int, ...] = ()
     """Tokens of some steps as they may come."""
     alike: bool = False
-    """All rows are of one length."""
+    """All rows of the largest step are of one length."""
     width: int = 2
     """Bytes of the compute dtype."""
     on_gpu: bool = True
@@ -160,7 +161,7 @@ class Work:
         some = starts[:: -(-len(starts) // SOME)]
         steps = tuple(sum(lengths[i : i + samples]) for i in some)
         lengths.sort(reverse=True)
-        longest, alike = lengths[0], lengths[0] == lengths[-1]
+        longest, alike = lengths[0], lengths[0] == lengths[:samples][-1]
         return cls(recipe=recipe, tokens=sum(lengths[:samples]), longest=longest, steps=steps, alike=alike, **device)
 
     @property
@@ -251,20 +252,21 @@ class Plan:
 
 def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> Plan:
     """The plan of one setting."""
-    cut = max(work.longest, -(-work.tokens // rows))
+    cut = work.longest * -(-work.samples // rows) if work.alike else max(work.longest, -(-work.tokens // rows))
     tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
-    token = _token_bytes(shape, work, recompute, work.samples if rows == 1 else max(1, tokens // work.longest))
+    documents = work.samples if rows == 1 else max(1, tokens // work.longest)
+    token = _token_bytes(shape, work, recompute, documents)
     if not work.recipe.training.fp8:
         beside, behind = _room_bytes(shape, work, recompute)
-        fixed, token = fixed + beside * keep, token + behind * (keep or tokens >= LONG)
+        fixed, token = fixed + beside * keep, token + behind * (keep or work.tokens >= LONG)
     seconds = _seconds(shape, work, rows, recompute, keep, optim)
     # as for the base: who asks for recomputation gets it in every layer
     free = work.on_gpu and recompute in ("full", "offload") and work.recipe.training.gradient_checkpointing is not True
     held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute) if free else 0.0
     peak = int(fixed + tokens * token)
     replayed = _seconds(shape, work, rows, recompute, keep, optim, launched=False)
-    replay = _replay(shape, work, recompute, rows, token, replayed)
+    replay = _replay(shape, work, recompute, rows, documents, replayed)
     return Plan(rows, tokens, recompute, keep, optim, peak, token, seconds, held, shape.layers, replay=replay)
 
 
@@ -286,11 +288,11 @@ def resources(device: torch.device, width: int) -> dict[str, Any]:
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         found["flops"] = card.multi_processor_count * RATES.get((card.major, card.minor), RATE)
-        found["tiled"] = card.major >= CAPABILITY
+        found["tiled"] = serves(torch.empty(0, device=device))
     return found
 
 
-def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int, token: float, seconds: float) -> Replay | None:
+def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int, documents: int, seconds: float) -> Replay | None:
     """CUDA graphs of as many lengths as save most, if the run's steps gain more by them than capturing takes."""
     if not (work.on_gpu and work.recipe.training.cuda_graphs and work.steps):
         return None
@@ -312,8 +314,8 @@ def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int, token: fl
         return None
     gradients, logits = 4 * _trained(shape, work), _logits(shape, work)
     beside = min(gradients, logits) if recompute == "offload" else gradients  # the larger is counted there already
-    # a graph has room for as many documents as a step, which dq needs less for
-    token = _token_bytes(shape, work, recompute, work.samples) - token
+    # a graph has room for as many documents as a step, which dq needs less for where the flash kernel adds it up
+    token = _token_bytes(shape, work, recompute, work.samples) - _token_bytes(shape, work, recompute, documents)
     token += 2 * work.width * (shape.hidden + shape.widths[0])
     return Replay(parts, beside + WORKSPACE, token, seconds)
 
@@ -347,8 +349,9 @@ def _room_bytes(shape: Shape, work: Work, recompute: Recompute) -> tuple[float, 
         R = lora.r * len(targets & set(group))
         outputs = sum(shape.modules[name][0] for name in group)
         corners += R * (outputs + R) - lora.r * sum(shape.modules[name][0] for name in targets & set(group))
-        # h lies there behind attention, unless it is dropped out
-        behind += R * (group[0] in kept and (lora.lora_dropout == 0) != (group == ("o_proj",)))
+        # behind attention's output h lies, which is counted elsewhere, unless it is copied out
+        apart = lora.lora_dropout > 0 or recompute == "selective"
+        behind += R * (group[0] in kept and (apart if group == ("o_proj",) else lora.lora_dropout == 0))
     return work.width * shape.layers * corners, work.width * shape.layers * behind
 
 
@@ -402,15 +405,15 @@ def _half_bytes(shape: Shape, work: Work) -> tuple[float, float]:
 
 def _work_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) -> tuple[float, float]:
     """Bytes a token that the backward passes of attention and MLP have at work in a row of `documents`. Attention:
-    gradients of its output, of the sum, of q, k and v; but by tiles, for grouped heads k's and v's of every query head
-    and dq in float32, once for each share of a document that the flash kernel adds up in order. MLP: that of SwiGLU's
-    output, once more before dropout, that of the sum, and what is made again."""
+    gradients of its output, of the sum, of q, k and v; unless by tiles, for grouped heads k's and v's of every query
+    head and dq in float32, once for each share of a document that the flash kernel adds up in order. MLP: that of
+    SwiGLU's output, once more before dropout, that of the sum, and what is made again."""
     lora, (C, q, kv) = work.recipe.lora, shape.widths
     twice = lora.lora_dropout > 0 and "down_proj" in shape.targets(lora.target_modules)
     F = shape.intermediate * (1 + twice + 2 * (recompute == "selective"))
     ordered = 4 * q * -(-MULTIPROCESSORS // (documents * shape.heads))
     grouped = 2 * q * (shape.heads != shape.kv_heads)
-    tiled = work.tiled and C in HEAD_SIZES and not work.alike
+    tiled = work.tiled and C in HEAD_SIZES and not (work.alike and dense_length(work.longest))
     apart = 4 * shape.heads if tiled else work.width * grouped + ordered
     attention = work.width * (2 * q + kv + 2 * shape.hidden) + apart
     return attention, work.width * (F + 2 * shape.hidden)
@@ -486,9 +489,9 @@ def choose(found: Sequence[Plan], capacity: int) -> Plan:
         return min(found, key=lambda plan: plan.peak_bytes)
     fastest = min(fitting, key=_rank)
     longest = max((plan for plan in found if plan.way == fastest.way), key=lambda plan: plan.row_tokens)
-    grown = fastest.grown(capacity, longest.row_tokens)
-    # uncut, it decides as well what is worth being captured
-    if grown.row_tokens == longest.row_tokens and longest.fits(capacity):
+    whole = longest.fits(capacity)
+    grown = fastest.grown(capacity, longest.row_tokens if whole else longest.row_tokens - ROUND)
+    if whole and grown.row_tokens == longest.row_tokens:  # uncut, it decides as well what is worth being captured
         grown = longest.replaying(capacity)
     return grown.holding(capacity)
 
