@@ -252,7 +252,9 @@ class Plan:
 
 def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> Plan:
     """The plan of one setting."""
-    cut = work.longest * -(-work.samples // rows) if work.alike else max(work.longest, -(-work.tokens // rows))
+    cut = max(work.longest, -(-work.tokens // rows))
+    if work.alike:  # and cut whole
+        cut = min(work.tokens, work.longest * -(-work.samples // rows))
     tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
     documents = work.samples if rows == 1 else max(1, tokens // work.longest)
