@@ -1,6 +1,7 @@
 """The fused layers: on a CPU through the kernels' references in float32, on a GPU through the kernels."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from test_packed import ALL, assert_equal, documents, gradients, make, packed, reference
 from torch import Tensor, nn
 
-from medlora.kernels import attention
+from medlora.kernels import attention, cross_entropy, dropout, embedding, rms_norm, swiglu
 from medlora.kernels import reference as plain
 from medlora.model import fused as fused_module
+from medlora.model import graphs
 from medlora.model.fused import Fused
+from medlora.model.graphs import Rows
 from medlora.model.group import Group
 from medlora.model.modules import Unfusable
 from medlora.model.offload import Offload
@@ -304,6 +307,34 @@ def test_a_base_without_adapters_passes() -> None:
 def test_what_it_does_not_know_it_refuses_with_a_reason(make_model: Callable[[], Any], reason: str) -> None:
     with pytest.raises(Unfusable, match=reason):
         Fused(make_model().get_base_model())
+
+
+@pytest.mark.parametrize("way", ["none", "selective", "offload", "replayed"])
+def test_attention_by_tiles_gives_the_same_gradients(
+    interpreter: None, monkeypatch: pytest.MonkeyPatch, way: Any
+) -> None:
+    """Its kernels and the rotation interpreted, all others by their reference."""
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model, batch, found = make(ALL, **heads), pack(documents((5, 9, 1))), []
+    for module in (fused_module, graphs):
+        monkeypatch.setattr(module, "ROUND", 16)
+    for module in (cross_entropy, dropout, embedding, rms_norm, swiglu):
+        monkeypatch.setattr(module, "use_triton", lambda _: False)
+    for tiled in (False, True):
+        if tiled:
+            monkeypatch.setattr(attention, "flash_takes", lambda *_: True)
+            monkeypatch.setattr(attention, "serves", lambda _: True)
+            monkeypatch.setattr(attention, "by_document", None)
+        how = {"replayed": Rows(16, 4)} if way == "replayed" else {"recompute": way}
+        with packing(model, True, **how):
+            loss = packed_loss(model, batch)[0]
+            loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    (expected, theirs), (loss, ours) = found
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    assert_equal(ours, theirs)
 
 
 @pytest.mark.gpu
