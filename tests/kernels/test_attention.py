@@ -14,7 +14,7 @@ from medlora.kernels.attention import Documents, Tails, attention, tail_attentio
 def tables(T: int, C: int, borders: list[int], device: torch.device | str) -> Documents:
     at = torch.cat([torch.arange(stop - start) for start, stop in pairwise(borders)]).float()
     angles = torch.outer(at, 10000 ** -(torch.arange(C // 2) * 2 / C)).repeat(1, 2).to(device)
-    return Documents.of(angles.cos(), angles.sin(), borders)
+    return Documents.of(angles.cos(), angles.sin(), borders).tiled()
 
 
 def written_out(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
@@ -44,6 +44,10 @@ def both(way, borders: list[int], heads: tuple[int, int, int], dtype: torch.dtyp
         out.backward(grad.to(kind))
         found.append((out.detach().float(), leaf.grad.float()))
     return found
+
+
+def by_flash(qkv: Tensor, row: Documents, *how) -> Tensor:
+    return attention(qkv, row._replace(tiles=None), *how)
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 16), (4, 2, 16)], ids=["heads", "grouped"])
@@ -77,11 +81,8 @@ def test_documents_of_any_length(borders):
 @pytest.mark.parametrize(
     "borders", [[0, 512, 1024], [0, 2048, 4096], [0, 1280], [0, 100, 612, 700]], ids=["short", "dense", "one", "ragged"]
 )
-@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "flash"])
-def test_on_a_gpu_the_kernels_give_the_same(borders, heads, tiled):
-    def way(qkv, row, *how):
-        return attention(qkv, row if tiled else row._replace(tiles=None), *how)
-
+@pytest.mark.parametrize("way", [attention, by_flash], ids=["tiles", "flash"])
+def test_on_a_gpu_the_kernels_give_the_same(borders, heads, way):
     (out, grad), (expected, expected_grad) = both(way, borders, heads, torch.bfloat16, "cuda")
     assert out.isfinite().all() and grad.isfinite().all()
     assert (out - expected).norm() < 0.01 * expected.norm()
@@ -90,11 +91,8 @@ def test_on_a_gpu_the_kernels_give_the_same(borders, heads, tiled):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("tiled", [True, False], ids=["tiles", "flash"])
-def test_on_a_gpu_a_row_has_the_same_gradients_each_time(tiled):
-    def way(qkv, row, *how):
-        return attention(qkv, row if tiled else row._replace(tiles=None), *how)
-
+@pytest.mark.parametrize("way", [attention, by_flash], ids=["tiles", "flash"])
+def test_on_a_gpu_a_row_has_the_same_gradients_each_time(way):
     first, *others = (
         both(way, [0, 700, 1000, 1900, 2384], (8, 8, 128), torch.bfloat16, "cuda")[0][1] for _ in range(4)
     )

@@ -191,7 +191,7 @@ class Pass:
             self.borders.append(self.borders[-1] + span.new)
         flash = flash_takes(self.cos, self.heads[2])
         fresh = flash and not any(span.past for span in spans)
-        self.documents = Documents.of(self.cos, self.sin, self.borders) if fresh else None
+        self.documents = Documents.of(self.cos, self.sin, self.borders).tiled() if fresh else None
         """Where whole prompts can pass through one attention launch."""
         new, whole = [span.new for span in spans], [span.past + span.new for span in spans]
         self.tails = Tails.of(new, whole, device) if flash and not fresh else None

@@ -1,9 +1,9 @@
 """Causal attention of a packed row that stays inside its documents, with the rotary embedding before it.
 
-Documents of any length pass in one launch: by tiles (`document_attention`) on Hopper, else by
-the flash kernel behind torch.nn.attention.varlen, called through aten. Either stands in an autograd function that owns
-the fused q, k, v buffer: the rotation happens in that buffer, and the backward pass gives the three gradients as one,
-ready for the product that follows. Elsewhere (float32, odd head sizes, a CPU) documents pass one by one through
+Documents of any length pass in one launch: by tiles (`document_attention`) on Hopper, else by the flash kernel behind
+torch.nn.attention.varlen, called through aten. Either stands in an autograd function that owns the fused q, k, v
+buffer: the rotation happens in that buffer, and the backward pass gives the three gradients as one, ready for the
+product that follows. Elsewhere (float32, odd head sizes, a CPU) documents pass one by one through
 scaled_dot_product_attention.
 
 Shapes: T tokens of the row, H query heads, K key heads, C head size.
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .dispatch import upload
+from .dispatch import is_hopper, upload
 from .document_attention import HEAD_SIZES, document_attention, document_attention_backward, serves, tiles_of
 from .rope import rope, rope_, rope_back
 
@@ -48,7 +48,7 @@ class Documents(NamedTuple):
     longest: int
     alike: bool
     """All are of one length."""
-    tiles: Tensor | None
+    tiles: Tensor | None = None
     """Of `tiles_of`, where those kernels serve."""
 
     @classmethod
@@ -56,16 +56,12 @@ class Documents(NamedTuple):
         """From the rotary tables [T, C] and the borders; does not wait for the device."""
         starts = upload(torch.tensor(borders, dtype=torch.int32), cos.device)
         lengths = [stop - start for start, stop in pairwise(borders)]
-        return cls(cos, sin, borders, starts, max(lengths), len(set(lengths)) == 1, _tiles(starts, cos))
+        return cls(cos, sin, borders, starts, max(lengths), len(set(lengths)) == 1)
 
-    def elsewhere(self, cos: Tensor, sin: Tensor, starts: Tensor) -> Documents:
-        """The same of a row whose borders only the device knows."""
-        known = self._replace(cos=cos, sin=sin, starts=starts, longest=len(cos), alike=False)
-        return known._replace(tiles=_tiles(starts, cos))
-
-
-def _tiles(starts: Tensor, cos: Tensor) -> Tensor | None:
-    return tiles_of(starts, len(cos)) if cos.shape[1] in HEAD_SIZES and serves(cos) else None
+    def tiled(self) -> Documents:
+        """With `tiles`, which all layers share."""
+        T, C = self.cos.shape
+        return self._replace(tiles=tiles_of(self.starts, T)) if C in HEAD_SIZES and serves(self.cos) else self
 
 
 class Tails(NamedTuple):
@@ -191,7 +187,7 @@ def dense_length(tokens: int) -> bool:
 
 def _is_dense(qkv: Tensor, row: Documents) -> bool:
     """Whether a Hopper card takes the row as a batch of documents of one length."""
-    return row.alike and dense_length(row.longest) and torch.cuda.get_device_capability(qkv.device)[0] == 9
+    return row.alike and dense_length(row.longest) and is_hopper(qkv.device)
 
 
 def _heads(qkv: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,11 +220,8 @@ def attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: f
         out: Tensor
         trained = torch.is_grad_enabled() and qkv.requires_grad
         if row.tiles is not None:
-            out = (
-                _TiledAttention.apply(qkv, row, heads, scale, room)
-                if trained
-                else _tiled(qkv, row, heads, scale, room)[0]
-            )
+            how = qkv, row, heads, scale, room
+            out = _TiledAttention.apply(*how) if trained else _tiled(*how)[0]
             return out
         if trained:
             out = _FlashAttention.apply(qkv, row, heads, scale)

@@ -26,7 +26,8 @@ else:
     triton = tl = None
 
 __all__ = [
-    "ceil_div", "jit", "next_power_of_2", "roomy", "row_launch", "same_layout", "tl", "upload", "use_triton", "widened",
+    "ceil_div", "is_hopper", "jit", "next_power_of_2", "roomy", "row_launch", "same_layout", "tl", "upload",
+    "use_triton", "widened",
 ]  # fmt: skip
 
 MAX_ROW = 65536  # elements a program may hold in registers: 128 a thread at 16 warps
@@ -41,6 +42,11 @@ def use_triton(tensor: Tensor) -> bool:
     if triton is None:
         return False
     return tensor.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_hopper(device: torch.device) -> bool:
+    """An H100 or H200, say."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def jit(kernel: Callable[..., Any], **options: Any) -> Any:

@@ -22,11 +22,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .dispatch import ceil_div, jit, next_power_of_2, roomy, tl, use_triton
+from .dispatch import ceil_div, is_hopper, jit, next_power_of_2, roomy, tl, use_triton
 
 TILE = 64  # tokens of a document that a program owns
 HEAD_SIZES = (32, 64, 128)
-CAPABILITY = 9  # of Hopper, where these kernels are faster than flash attention; elsewhere nobody has looked
 LOG2_E = math.log2(math.e)
 FORWARD = {"TILE": TILE, "STEP": 32, "num_warps": 4, "num_stages": 3}
 QUERIES = FORWARD | {"num_stages": 4}
@@ -234,8 +233,9 @@ def _keys_kernel(
 
 
 def serves(x: Tensor) -> bool:
-    """Whether these kernels run on x's device."""
-    return x.is_cuda and use_triton(x) and torch.cuda.get_device_capability(x.device)[0] == CAPABILITY
+    """Whether these kernels run on x's device: Hopper, where they are faster than flash attention; elsewhere nobody has
+    looked."""
+    return use_triton(x) and is_hopper(x.device)
 
 
 def tiles_of(starts: Tensor, tokens: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .cuda import CudaKernel, cuda_kernel
-from .dispatch import ceil_div, next_power_of_2
+from .dispatch import ceil_div, is_hopper, next_power_of_2
 from .nf4 import TABLE
 from .nf4_linear import BATCH_COUNTERS, SCALES, LoraTerms, NF4Weights, check_adapters
 
@@ -56,7 +56,7 @@ class Cut(NamedTuple):
 @cache
 def choose_cut(device: torch.device) -> Cut:
     """By `bench/kernels_decode.py`, one H100."""
-    return Cut(True, 1, 16) if torch.cuda.get_device_capability(device) == (9, 0) else Cut()
+    return Cut(True, 1, 16) if is_hopper(device) else Cut()
 
 
 @cache

@@ -192,6 +192,7 @@ class Fused:
             group.lends = len(x) >= LONG and group.stackable
         if self.masters:
             self.copies()
+        row = row._replace(documents=row.documents.tiled())
         return _norm(*self._layers(x, row), self.model.norm)[0]
 
     def _row(self, x: Tensor, position_ids: Tensor, borders: list[int]) -> Row:
@@ -217,18 +218,18 @@ class Fused:
 
     def _layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         """(what the layer adds, the residual it adds to); x likewise belongs onto `residual`."""
-        y, h = _norm(x, residual, self.model.layers[index].input_layernorm, self._room(index, 0))
+        y, h = _norm(x, residual, self.model.layers[index].input_layernorm, self.groups[index][0].room)
         return self._from_norm(row, index, y, h)
 
     def _from_norm(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
         added, h = self._attention(row, index, y, h)
-        y, h = _norm(added, h, self.model.layers[index].post_attention_layernorm, self._room(index, 2))
+        y, h = _norm(added, h, self.model.layers[index].post_attention_layernorm, self.groups[index][2].room)
         return self._mlp(row, index, y, h, again)
 
     def _attention(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
         qkv, o, _, _ = self.groups[index]
         scaling = self.model.layers[index].self_attn.scaling
-        heads = attention(qkv(y, self._pass(row, index, 0)), row.documents, self.heads, scaling, self._room(index, 1))
+        heads = attention(qkv(y, self._pass(row, index, 0)), row.documents, self.heads, scaling, o.room)
         return o(heads, self._pass(row, index, 1, discard=again)), h
 
     def _mlp(self, row: Row, index: int, y: Tensor, h: Tensor, again: bool = False) -> tuple[Tensor, Tensor]:
@@ -237,12 +238,8 @@ class Fused:
 
     def _recomputed_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
         rest, groups = partial(self._from_norm, row, index), self.groups[index]
-        rooms = self._room(index, 0), self._room_before(index)
+        rooms = groups[0].room, self._room_before(index)
         return _recomputed(x, residual, self.model.layers[index].input_layernorm, rest, groups, rooms)
-
-    def _room(self, index: int, place: int) -> int:
-        """Behind what a group of the layer reads."""
-        return self.groups[index][place].room
 
     def _room_before(self, index: int) -> int:
         """Behind the gradient of what the layer before has added."""
@@ -255,12 +252,12 @@ class Fused:
             partial(self._attention, row, index),
             partial(self._mlp, row, index),
         )
-        first, rooms = layer.input_layernorm, (self._room(index, 0), self._room_before(index))
+        first, rooms = layer.input_layernorm, (groups[0].room, self._room_before(index))
         x, residual = _recomputed(x, residual, first, attend, groups[:2], rooms, row.offload)
         second = layer.post_attention_layernorm
         if index == len(self.groups) - 1:  # as for a last layer
-            return self._mlp(row, index, *_norm(x, residual, second, self._room(index, 2)))
-        rooms = self._room(index, 2), groups[1].room
+            return self._mlp(row, index, *_norm(x, residual, second, groups[2].room))
+        rooms = groups[2].room, groups[1].room
         return _recomputed(x, residual, second, mlp, groups[2:], rooms, row.offload)
 
     def _selective_layer(self, x: Tensor, residual: Tensor | None, row: Row, index: int) -> tuple[Tensor, Tensor]:
@@ -269,15 +266,15 @@ class Fused:
         qkv, o, gate_up, down = self.groups[index]
         cheap = _Cheap()
         with saved_tensors_hooks(cheap.pack, cheap.unpack):
-            y, first = _norm(x, residual, layer.input_layernorm, self._room(index, 0))
+            y, first = _norm(x, residual, layer.input_layernorm, qkv.room)
             cheap.add(y, lambda: _norm(first.detach(), None, layer.input_layernorm)[0])
-            scaling, room = layer.self_attn.scaling, self._room(index, 1)
-            heads = attention(qkv(y, self._pass(row, index, 0, lean=True)), row.documents, self.heads, scaling, room)
+            qkv_TN, scaling = qkv(y, self._pass(row, index, 0, lean=True)), layer.self_attn.scaling
+            heads = attention(qkv_TN, row.documents, self.heads, scaling, o.room)
             added = o(heads, self._pass(row, index, 1, lean=True))
-            y, h = _norm(added, first, layer.post_attention_layernorm, self._room(index, 2))
+            y, h = _norm(added, first, layer.post_attention_layernorm, gate_up.room)
 
             def normed() -> Tensor:
-                return _norm(h.detach(), None, layer.post_attention_layernorm, self._room(index, 2))[0]
+                return _norm(h.detach(), None, layer.post_attention_layernorm, gate_up.room)[0]
 
             how = self._pass(row, index, 2, lean=True)
             cheap.add(y, normed)

@@ -139,10 +139,12 @@ class Graphs:
         self.seed.copy_(row.seed)
 
     def _forward(self, T: int, leaves: list[list[Tensor]]) -> tuple[Tensor, Offload]:
+        documents = self.row.documents._replace(
+            cos=self.cos[:T], sin=self.sin[:T], starts=self.starts, longest=T, alike=False
+        )
         offload = Offload(self.row.offload.stream, self.room)
         try:
             with self._reading(leaves), torch.enable_grad():
-                documents = self.row.documents.elsewhere(self.cos[:T], self.sin[:T], self.starts)
                 hidden = self.stack(self.x[:T], self.row._replace(documents=documents, seed=self.seed, offload=offload))
             self.hidden[:T] = hidden.detach()
         finally:

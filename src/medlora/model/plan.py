@@ -346,14 +346,13 @@ def _room_bytes(shape: Shape, work: Work, recompute: Recompute) -> tuple[float, 
     lora = work.recipe.lora
     kept = {"none": ("q_proj", "o_proj", "gate_proj"), "selective": ("q_proj", "o_proj")}.get(recompute, ())
     targets = set(shape.targets(lora.target_modules))
+    copied = lora.lora_dropout > 0 or recompute == "selective"  # h; else it stays behind attention, counted elsewhere
     corners, behind = 0, 0
     for group in READERS:
-        R = lora.r * len(targets & set(group))
-        outputs = sum(shape.modules[name][0] for name in group)
-        corners += R * (outputs + R) - lora.r * sum(shape.modules[name][0] for name in targets & set(group))
-        # behind attention's output h lies, which is counted elsewhere, unless it is copied out
-        apart = lora.lora_dropout > 0 or recompute == "selective"
-        behind += R * (group[0] in kept and (apart if group == ("o_proj",) else lora.lora_dropout == 0))
+        adapted = targets & set(group)
+        R, outputs = lora.r * len(adapted), sum(shape.modules[name][0] for name in group)
+        corners += R * (outputs + R) - lora.r * sum(shape.modules[name][0] for name in adapted)
+        behind += R * (group[0] in kept and (copied if group == ("o_proj",) else lora.lora_dropout == 0))
     return work.width * shape.layers * corners, work.width * shape.layers * behind
 
 
