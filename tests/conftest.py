@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 KERNELS = (
     "nf4", "rms_norm", "rope", "swiglu", "dropout", "embedding", "cross_entropy", "fp8", "nf4_linear",
-    "decode_attention", "document_attention", "copies",
+    "decode_attention", "document_attention", "copies", "low_rank",
 )  # fmt: skip
 INTERPRETED = not torch.cuda.is_available() and find_spec("triton") is not None
 if INTERPRETED:

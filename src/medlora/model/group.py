@@ -17,7 +17,7 @@ That costs a hundredth more products, and no pass over y and dx. Who makes x or 
 whoever makes a gradient, whose rows are as far apart as those of its tensor.
 
 With FP8 (row-wise e4m3, `kernels.fp8`) activations and gradients are quantised on the way, and the weights in both
-orientations, once with `keep` and in every pass without; adapters stay apart.
+orientations, once with `keep` and in every pass without; adapters are added in a pass of their own, `kernels.low_rank`.
 
 Dropout's mask is a function of a seed and is never stored. Modules of a group share it (PEFT draws one for
 each: every module sees the same distribution, not the same draw). The trained tensors stay PEFT's own float32
@@ -41,6 +41,7 @@ from torch.autograd import Function
 from medlora.kernels.dispatch import roomy, widened
 from medlora.kernels.dropout import dropout
 from medlora.kernels.fp8 import fp8_linear, quantize_rows
+from medlora.kernels.low_rank import add_low_rank_
 from medlora.kernels.nf4 import BLOCKSIZE, dequantize_nf4, stored_scales
 from medlora.kernels.product import matmul
 from medlora.kernels.swiglu import RANKS, swiglu, swiglu_adapted_backward, swiglu_backward
@@ -257,11 +258,14 @@ class Group:
         h_TR = _scaled(dropped, self.a.t(), self.scaling, None if both is None else both[:, self.shape[1] :])
         if how.discard:
             return self._nothing(x), dropped, h_TR
-        y = roomy(x, 0 if how.p else self.room, self.shape[0])
-        if both is None:
-            y = self.product(inner, how.scratch, self.adapted(h_TR, y))
+        if self.fp8:
+            y = self.add_adapted(h_TR, self.product(inner, how.scratch, None))
         else:
-            matmul(both, self.stacked(how.scratch, back=False).t(), y)
+            y = roomy(x, 0 if how.p else self.room, self.shape[0])
+            if both is None:
+                y = self.product(inner, how.scratch, self.adapted(h_TR, y))
+            else:
+                matmul(both, self.stacked(how.scratch, back=False).t(), y)
         behind = self.behind(y)
         if behind is not None:
             behind.copy_(h_TR)
@@ -288,6 +292,14 @@ class Group:
             return y
         for columns, ranks, b in self.parts:
             torch.mm(h_TR[:, ranks], b.t(), out=y[:, columns])
+        return y
+
+    def add_adapted(self, h_TR: Tensor, y: Tensor) -> Tensor:
+        """y with h b' added, in place."""
+        if self.even is not None:
+            return add_low_rank_(y, h_TR, self.even)
+        for columns, ranks, b in self.parts:
+            add_low_rank_(y[:, columns], h_TR[:, ranks], b[None])
         return y
 
     def rank_grad(self, grad: Tensor, dh_TR: Tensor) -> Tensor:
@@ -369,7 +381,9 @@ def _to_input(group: Group, grad: Tensor, both: Tensor | None, dh_TR: Tensor | N
         return matmul(both, group.stacked(how.scratch, back=True))
     onto = None if dh_TR is None or not how.p else how.dropout(dh_TR @ group.a)
     dx = group.product(grad, how.scratch, onto, back=True)
-    return dx if dh_TR is None or onto is not None else dx.addmm_(dh_TR, group.a)
+    if dh_TR is None or onto is not None:
+        return dx
+    return add_low_rank_(dx, dh_TR, group.a.t().contiguous()[None]) if group.fp8 else dx.addmm_(dh_TR, group.a)
 
 
 def _through_swiglu(below: Group, grad: Tensor, x: Tensor, how: Pass, dh_TR: Any, da: Any) -> tuple[Tensor, Any]:
