@@ -21,8 +21,9 @@ answer a line.
 
 Reported are medians over synchronised optimizer steps, the first third left out, of real (not padding)
 tokens a second and seconds, then tokens a second of all steps, compilation and capture among them, with the
-peak of allocated memory and the mean loss. C, D and Q train the original script's 100 steps, whatever `--steps`
-says: whether medlora replays them as CUDA graphs hangs on how many there are.
+peak of allocated memory, the mean power of those steps by the GPU's own counter of energy, and the mean loss.
+C, D and Q train the original script's 100 steps, whatever `--steps` says: whether medlora replays them as CUDA
+graphs hangs on how many there are.
 """
 
 import argparse
@@ -214,13 +215,17 @@ def theirs(model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps:
 
 
 class Clock:
-    """Seconds and real tokens of each optimizer step, the device idle at both ends."""
+    """Seconds, real tokens and joules of each optimizer step, the device idle at both ends."""
 
     def __init__(self, trainer: Any, profile: bool) -> None:
         from transformers import TrainerCallback
 
+        from medlora.train import energy
+
         self.seconds: list[float] = []
         self.tokens: list[int] = []
+        self.joules: list[float] = []
+        used = energy.gpu() if torch.cuda.is_available() else None
         clock, step = self, trainer.training_step
 
         def counted(model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
@@ -234,11 +239,12 @@ class Clock:
                 if profile and state.global_step == state.max_steps - 1:
                     clock.profiler.start()
                 synchronize()
-                clock.began = time.perf_counter()
+                clock.used, clock.began = used() if used else 0.0, time.perf_counter()
 
             def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
                 synchronize()
                 clock.seconds.append(time.perf_counter() - clock.began)
+                clock.joules.append(used() - clock.used if used else 0.0)
                 if profile and state.global_step == state.max_steps:
                     clock.profiler.stop()
                     table = clock.profiler.key_averages().table("self_device_time_total", 28, max_name_column_width=70)
@@ -301,6 +307,7 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
         "step_seconds": statistics.median(clock.seconds[warm_up:]),
         "step_tokens": statistics.median(clock.tokens[warm_up:]),
         "peak_gib": peak() / GIB,
+        "watts": sum(clock.joules[warm_up:]) / sum(clock.seconds[warm_up:]),
         "loss": statistics.mean(losses),
         "steps": list(zip(clock.tokens, clock.seconds, strict=True)),
     }
@@ -420,7 +427,8 @@ def _fast_folder() -> str | None:
 
 
 def report(found: dict[str, dict[str, Any]]) -> None:
-    print(f"{'':3}{'side':10}{'tokens/s':>10}{'all steps':>11}{'s/step':>9}{'tokens/step':>13}{'GiB':>7}{'loss':>9}")
+    columns = f"{'tokens/s':>10}{'all steps':>11}{'s/step':>9}{'tokens/step':>13}{'GiB':>7}{'W':>6}{'loss':>9}"
+    print(f"{'':3}{'side':10}{columns}")
     for name in SETTINGS:
         for side, results in found.items():
             row = results.get(name)
@@ -429,7 +437,7 @@ def report(found: dict[str, dict[str, Any]]) -> None:
             elif row:
                 print(f"{name:3}{side:10}{row['tokens_per_second']:10.0f}{row['all_steps']:11.0f}"
                       f"{row['step_seconds']:9.4f}{row['step_tokens']:13.0f}{row['peak_gib']:7.1f}"
-                      f"{row['loss']:9.4f}")  # fmt: skip
+                      f"{row['watts']:6.0f}{row['loss']:9.4f}")  # fmt: skip
 
 
 def report_memory(found: dict[str, Any]) -> None:
