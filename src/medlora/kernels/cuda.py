@@ -1,4 +1,5 @@
-"""CUDA C++ kernels, compiled when first used by NVRTC, which PyTorch brings along: no toolkit is needed.
+"""CUDA C++ kernels, compiled when first used by NVRTC, which PyTorch brings along: no toolkit is needed. What it made
+lies where PyTorch keeps what NVRTC makes for PyTorch itself, for the next process.
 
 On Hopper and later a kernel may start before the one ahead of it in the stream has ended ("programmatic dependent
 launch"), to do what does not depend on it, and then waits for it by itself: see `griddepcontrol` in its source.
@@ -7,9 +8,12 @@ launch"), to do what does not depend on it, and then waits for it by itself: see
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from torch import Tensor
 from .dispatch import jit, tl
 
 EARLY_START = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+DIGEST = hashlib.sha256().digest_size
 SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -99,7 +104,10 @@ def cuda_kernel(
     try:
         with torch.cuda.device(device):
             capability = torch.cuda.get_device_capability()
-            binary = _compile(source(file), file, capability, defined)
+            suffix = "a" if capability == (9, 0) else ""  # what only Hopper has
+            options = ["--gpu-architecture=sm_{}{}{}".format(*capability, suffix), "--std=c++17"]
+            options += [f"-D{name}={value}" for name, value in defined.items()]
+            binary = compiled(source(file), file, options)
             module, function = ctypes.c_void_p(), ctypes.c_void_p()
             _check(_driver().cuModuleLoadData(ctypes.byref(module), binary))
             _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
@@ -132,11 +140,34 @@ def _check(failed: int) -> None:
         raise RuntimeError((text.value or b"unknown CUDA error").decode())
 
 
-def _compile(code: str, file: str, capability: tuple[int, int], defined: Mapping[str, Any]) -> bytes:
+def compiled(code: str, file: str, options: list[str]) -> bytes:
+    """Machine code, from the folder of PyTorch's compiled kernels if it lies there whole, else made and laid there.
+
+    The folder is PYTORCH_KERNEL_CACHE_PATH or, if that is not set, torch/kernels in the user's cache;
+    USE_PYTORCH_KERNEL_CACHE=0 keeps nothing.
+
+    Raises:
+        RuntimeError: NVRTC's messages.
+    """
+    if os.environ.get("USE_PYTORCH_KERNEL_CACHE") == "0":
+        return _compile(code, file, options)
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("PYTORCH_KERNEL_CACHE_PATH") or user / "torch" / "kernels")
+    made_of = "\0".join([torch.__version__, str(torch.version.cuda), *options, code])
+    place = folder / f"medlora_{hashlib.sha256(made_of.encode()).hexdigest()}"
+    with suppress(OSError):
+        kept = place.read_bytes()
+        if hashlib.sha256(kept[DIGEST:]).digest() == kept[:DIGEST]:
+            return kept[DIGEST:]
+    binary = _compile(code, file, options)
+    with suppress(OSError):  # a folder that cannot be written costs the next process time, and this one nothing
+        folder.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(hashlib.sha256(binary).digest() + binary)
+    return binary
+
+
+def _compile(code: str, file: str, options: list[str]) -> bytes:
     library = torch.cuda._utils._get_gpu_rtc_library()
-    suffix = "a" if capability == (9, 0) else ""  # what only Hopper has
-    options = ["--gpu-architecture=sm_{}{}{}".format(*capability, suffix), "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in defined.items()]
     program = ctypes.c_void_p()
     library.nvrtcCreateProgram(ctypes.byref(program), code.encode(), file.encode(), 0, None, None)
     try:
