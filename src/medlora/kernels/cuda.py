@@ -24,8 +24,8 @@ from torch import Tensor
 from .dispatch import jit, tl
 
 EARLY_START = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-DIGEST = hashlib.sha256().digest_size
 SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+DIGEST = hashlib.sha256().digest_size
 
 
 class _Attribute(ctypes.Structure):

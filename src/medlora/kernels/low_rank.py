@@ -2,7 +2,7 @@
 
     y += h b'        Hu et al. 2021 (LoRA, arXiv 2106.09685)
 
-With so few ranks the pass over y is all that takes time, and cuBLAS, made for long sums, moves it at half of the
+With so few ranks the pass over y is all that takes time, and cuBLAS, made for long sums, moves it at two thirds of the
 memory's bandwidth. Where the weights lie beside the adapters (`model.group`) nobody needs it; with FP8 they cannot.
 
 Shapes: T tokens, n modules side by side, N outputs and R ranks of each.
