@@ -46,14 +46,18 @@ def translated(
 def compiler(source: str, folder: Path) -> Callable[..., Any]:
     """In the place of a module's `_compiled`."""
     (folder / "kernel.cpp").write_text(source, encoding="utf-8")
+    options = f"-std=c++20 -O1 -w -fno-strict-aliasing -fPIC -pthread -I{folder.parent}".split()
+    header = Path(__file__).with_suffix(".hpp")
+    ready = folder.parent / f"{header.name}.gch"  # compiled once for all folders beside this one
+    if not ready.exists():
+        subprocess.run(["g++", *options, "-x", "c++-header", header, "-o", ready], check=True)
     built = {}
 
     def compile_(device: int, shared: int, **defined: int) -> Any:
         library = folder / ("_".join(map(str, defined.values())) + ".so")
         if library not in built:
             macros = [f"-D{name}={value}" for name, value in (defined | {"TABLE": TABLE}).items()]
-            options = f"-std=c++20 -O1 -w -fno-strict-aliasing -shared -fPIC -pthread -I{Path(__file__).parent}".split()
-            subprocess.run(["g++", *options, *macros, folder / "kernel.cpp", "-o", library], check=True)
+            subprocess.run(["g++", *options, "-shared", *macros, folder / "kernel.cpp", "-o", library], check=True)
             built[library] = ctypes.CDLL(str(library)).run
 
         def launch(programs: int, *arguments: Tensor | int | float) -> None:
