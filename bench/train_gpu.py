@@ -239,12 +239,12 @@ class Clock:
                 if profile and state.global_step == state.max_steps - 1:
                     clock.profiler.start()
                 synchronize()
-                clock.used, clock.began = used() if used else 0.0, time.perf_counter()
+                clock.before, clock.began = used() if used else 0.0, time.perf_counter()
 
             def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
                 synchronize()
                 clock.seconds.append(time.perf_counter() - clock.began)
-                clock.joules.append(used() - clock.used if used else 0.0)
+                clock.joules.append(used() - clock.before if used else 0.0)
                 if profile and state.global_step == state.max_steps:
                     clock.profiler.stop()
                     table = clock.profiler.key_averages().table("self_device_time_total", 28, max_name_column_width=70)

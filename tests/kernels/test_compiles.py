@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from medlora.kernels import document_attention
+from medlora.kernels import document_attention, low_rank
 
 F32 = "*fp32"
 NF4 = {"codes": "*u8", "absmax": F32, "code": F32, "outer": F32, "offset": F32}
@@ -65,7 +65,7 @@ CASES = [  # module, kernel, pointers, constants, warps or all that is launched 
         PRODUCT | {"DOUBLE": False, "BM": 8, "SPLIT": 8, "ASM": False},
         4,
     ),
-    ("low_rank", "_add_kernel", {}, {"STEP": 64, "ROWS": 64, "COLUMNS": 128}, 4),
+    ("low_rank", "_add_kernel", {}, {"STEP": 64}, low_rank.LAUNCH),
     ("copies", "_copy_kernel", {"table": "*i64", "source": F32}, {"SHARE": 4096}, 8),
     ("document_attention", "_tiles_kernel", {"starts": "*i32", "tiles": "*i32"}, {"TILE": 64, "SPAN": 64}, 1),
     ("document_attention", "_forward_kernel", DOCUMENTS, {"C": 128}, document_attention.FORWARD),

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import reference
 from .dispatch import ceil_div, jit, next_power_of_2, tl, use_triton
 
-ROWS, COLUMNS = 64, 128  # of a tile
+LAUNCH = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4}  # of a tile
 STEPS = (16, 64)  # ranks of a product: what the tensor cores take at least, what a program holds
 
 
@@ -67,13 +68,11 @@ def add_low_rank_(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
     if (width, tuple(h.shape)) != (n * N, (T, n * R)):
         raise ValueError(f"y {tuple(y.shape)}, h {tuple(h.shape)} and b {tuple(b.shape)} do not fit")
     if not use_triton(y):
-        for module in range(n):
-            y[:, module * N :][:, :N].addmm_(h[:, module * R :][:, :R], b[module].t())
-        return y
-    grid = ceil_div(N, COLUMNS), ceil_div(T, ROWS), n
+        return reference.add_low_rank_(y, h, b)
+    grid = ceil_div(N, LAUNCH["COLUMNS"]), ceil_div(T, LAUNCH["ROWS"]), n
     step = min(max(next_power_of_2(R), STEPS[0]), STEPS[1])
     _add_kernel[grid](
         y, h, b, y.stride(0), h.stride(0), b.stride(0), b.stride(1), T, N, R,
-        STEP=step, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        STEP=step, **LAUNCH,
     )  # fmt: skip
     return y

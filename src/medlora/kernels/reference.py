@@ -195,3 +195,10 @@ def decode_attention(
             rows = q[b].float().view(len(k), -1, q.shape[2])
             out[b] = ((rows @ k.mT * scale).softmax(-1) @ v).flatten(0, 1).to(q.dtype)
     return out
+
+
+def add_low_rank_(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+    """y [T, n N] += h [T, n R] b' of b [n, N, R], module by module."""
+    y_nTN, h_nTR = (t.unflatten(1, (len(b), -1)).transpose(0, 1) for t in (y, h))
+    y_nTN.copy_(torch.baddbmm(y_nTN.float(), h_nTR.float(), b.transpose(1, 2).float()))
+    return y
