@@ -17,6 +17,17 @@ F32 = "*fp32"
 NF4 = {"codes": "*u8", "absmax": F32, "code": F32, "outer": F32, "offset": F32}
 RMS = {"rms": F32, "dw": F32}
 SUMS = {"da": F32, "db": F32}
+ADAPTED = {"ABOVE": True, "BELOW": True, "AGAIN": True, "ROWS": 32, "COLUMNS": 64}
+
+
+def tiles(rows: int, columns: int, ranks: int) -> dict[str, str]:
+    halves = {"x": [rows, 1, columns], "h": [rows, 1, ranks]}
+    return {
+        name: f"tensordesc<bf16{block}>"
+        for name, block in {**halves, "dy": [rows, columns], "y": [rows, columns], "dh": [rows, ranks]}.items()
+    }
+
+
 BYTES = {"absmax": "*u8"}
 DECODE = NF4 | {"scaling": F32, "shares": F32, "slots": "*i32", "counters": "*i32"}
 ONE_ROW = dict.fromkeys(("M", "S", "G"), "constexpr")  # Triton makes a constant of every integer that is 1
@@ -34,8 +45,10 @@ CASES = [  # module, kernel, pointers, constants, warps or all that is launched 
     ("rope", "_rope_kernel", {}, {"INVERSE": True, "VALUES": True, "Q_HEADS": 32, "K_HEADS": 8, "HALF": 64}, 4),
     ("swiglu", "_forward_kernel", {}, {"BLOCK": 1024}, 4),
     ("swiglu", "_backward_kernel", {}, {"AGAIN": True, "BLOCK": 1024}, 4),
-    ("swiglu", "_adapted_kernel", SUMS, {"R": 64, "Q": 64, "FEEDS": True, "ROWS": 64, "COLUMNS": 128}, 8),
-    ("swiglu", "_adapted_kernel", SUMS, {"R": 16, "Q": 16, "FEEDS": False, "ROWS": 64, "COLUMNS": 128}, 8),
+    ("swiglu", "_adapted_forward_kernel", {}, {"Q": 64, "ROWS": 32, "COLUMNS": 64}, 4),
+    ("swiglu", "_adapted_backward_kernel", SUMS | tiles(32, 64, 64), ADAPTED | {"R": 64, "Q": 64, "AGAIN": False}, 4),
+    ("swiglu", "_adapted_backward_kernel", SUMS | tiles(32, 64, 16), ADAPTED | {"R": 16, "Q": 16, "BELOW": False}, 4),
+    ("swiglu", "_adapted_backward_kernel", SUMS | tiles(32, 64, 16), ADAPTED | {"R": 16, "Q": 16, "ABOVE": False}, 4),
     ("embedding", "_gather_kernel", {"ids": "*i64"}, {"BLOCK": 4096}, 4),
     ("dropout", "_dropout_kernel", {"seed": "*i64"}, {"GROUPS": 256}, 4),
     (
@@ -106,7 +119,7 @@ def main(half):
         more = {} if isinstance(how, int) else {k: v for k, v in how.items() if k.isupper()}
         kernel = getattr(import_module(f"medlora.kernels.{module}"), name)
         notes = kernel.fn.__annotations__
-        signature = {arg: pointers.get(arg, types[notes[arg]]) for arg in kernel.arg_names}
+        signature = {arg: pointers.get(arg) or types[notes[arg]] for arg in kernel.arg_names}
         ones = {arg: 1 for arg, kind in signature.items() if kind == "constexpr"}
         source = triton.compiler.ASTSource(kernel, signature, ones | constants | more)
         triton.compile(source, GPUTarget("cuda", 90, 32), options)

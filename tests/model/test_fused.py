@@ -235,8 +235,9 @@ def test_fp8_is_the_product_of_rounded_factors(keep: bool) -> None:
         assert 0 < (ours - true).norm() < 0.04 * true.norm()  # two roundings to 3 mantissa bits
 
 
-def test_fp8_trains_beside_full_precision() -> None:
-    model, batch = make(), pack(documents((40, 60)))
+@pytest.mark.parametrize("rank", [8, 16])  # the latter by way of SwiGLU
+def test_fp8_trains_beside_full_precision(rank: int) -> None:
+    model, batch = make(ALL, lora={"r": rank}), pack(documents((40, 60)))
     found = []
     for fp8 in (False, True):
         with packing(model, fuse=True, fp8=fp8):

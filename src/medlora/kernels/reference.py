@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Pair = tuple[Tensor, Tensor]
+
 # Quantiles of the normal distribution, Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), appendix E.
 NF4_VALUES = (
     -1.0,
@@ -81,6 +83,26 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     g, u, dy = gate.float(), up.float(), grad.float()
     s = torch.sigmoid(g)
     return (dy * u * s * (1 + g * (1 - s))).to(gate.dtype), (dy * g * s).to(gate.dtype)
+
+
+def adapted(gate: Tensor, up: Tensor, h: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """gate + h_g b_g' and up + h_u b_u', in float32."""
+    (h_g, h_u), (b_g, b_u) = h.float().chunk(2, 1), b.float()
+    return gate.float() + h_g @ b_g.t(), up.float() + h_u @ b_u.t()
+
+
+def swiglu_adapted_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, above: Pair | None, below: Pair | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of gate and up, the value of `swiglu`, and the gradients of a and b."""
+    g, u = adapted(gate, up, *below) if below else (gate.float(), up.float())
+    d = grad.float() + above[0].float() @ above[1].float() if above else grad.float()
+    y, (dg, du) = swiglu(g, u), (x.to(gate.dtype) for x in swiglu_backward(d, g, u))
+    da = above[0].float().t() @ y if above else None
+    if below is None:
+        return dg, du, y, da, None
+    h_g, h_u = below[0].float().chunk(2, 1)
+    return dg, du, y, da, torch.stack([dg.float().t() @ h_g, du.float().t() @ h_u])
 
 
 def philox(seed: int, counter: Tensor, rounds: int = PHILOX_ROUNDS) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,9 @@ and never stored. Rows may be strided, so gate and up may be the two halves of o
 gradients may go into given buffers, gate's and up's own included: every element is read before it is written.
 
 Where LoRA's products with dy's rank-R gradient and with dg and du ask for the same tiles, one kernel makes all of
-them: T rows in a few shares, each adding up its products on the tensor cores while the tiles pass.
+them: T rows in a few shares, each adding up its products on the tensor cores while the tiles pass. And where gate
+and up, or dy, still lack LoRA's term h b' or dh a, it is added there, rather than by a pass of its own or by products
+made wider for it.
 
 Shapes: T tokens, F intermediate, R and Q ranks.
 """
@@ -23,12 +25,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import ceil_div, jit, same_layout, tl, use_triton
+from .dispatch import ceil_div, descriptor, jit, same_layout, tl, use_triton
+from .reference import Pair
 
 BLOCK = 1024  # elements a program: 8 a thread, one 16-byte access in bf16
 RANKS = (16, 32, 64)  # that the tensor cores take and registers hold
-SHARES = 6  # of the rows, for each block of columns: four programs a multiprocessor at 11,008 columns
-PROGRAMS = 256  # at least, if there are rows for so many: narrow models have few columns
+MULTIPLE = 16  # bytes
+ROWS = 32  # of a tile, so that registers of two programs and more fit a multiprocessor
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 2048, 528  # which fill an H100 twice
 
 
 @jit
@@ -54,7 +58,8 @@ def _forward_kernel(
 def _gradients(d: tl.tensor, g: tl.tensor, u: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """(dg, du, y), in fp32 as they come."""
     s = tl.sigmoid(g)
-    return d * u * s * (1 + g * (1 - s)), d * g * s, g * s * u
+    silu, ds = g * s, d * s
+    return ds * u * (1 + (g - silu)), ds * g, silu * u
 
 
 @jit
@@ -89,59 +94,112 @@ def _backward_kernel(
 
 
 @jit
-def _adapted_kernel(
-    dy: tl.tensor,
+def _adapted_forward_kernel(
     gate: tl.tensor,
     up: tl.tensor,
-    dh: tl.tensor,
     h: tl.tensor,
+    b: tl.tensor,
+    y: tl.tensor,
+    x_row: int,
+    h_row: int,
+    b_half: int,
+    b_row: int,
+    y_row: int,
+    T: int,
+    F: int,
+    share: int,
+    Q: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Columns of one share of the rows: y of gate + h_g b_g' and up + h_u b_u'."""
+    first, part = tl.program_id(0) * COLUMNS, tl.program_id(1)
+    col, rank = (first + tl.arange(0, COLUMNS))[None, :], tl.arange(0, Q)[None, :]
+    b_g, b_u = _both(b, b_half, b_row, first, F, Q, COLUMNS)
+    for start in tl.range(part * share, (part + 1) * share, ROWS, num_stages=3):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        inside, h_at = (row < T) & (col < F), h + row * h_row + rank
+        g = tl.load(gate + row * x_row + col, inside, other=0.0).to(tl.float32)
+        u = tl.load(up + row * x_row + col, inside, other=0.0).to(tl.float32)
+        h_g, h_u = tl.load(h_at, row < T, other=0.0), tl.load(h_at + Q, row < T, other=0.0)
+        g = tl.dot(h_g, b_g.T, g, input_precision="ieee")
+        u = tl.dot(h_u, b_u.T, u, input_precision="ieee")
+        tl.store(y + row * y_row + col, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), inside)
+
+
+@jit
+def _adapted_backward_kernel(
+    dy: tl.tensor_descriptor,
+    x: tl.tensor_descriptor,
+    dh: tl.tensor_descriptor,
+    h: tl.tensor_descriptor,
+    a: tl.tensor,
+    b: tl.tensor,
     da: tl.tensor,
     db: tl.tensor,
-    dy_row: int,
-    x_row: int,
-    dh_row: int,
-    h_row: int,
-    T: int,
+    a_row: int,
+    b_half: int,
+    b_row: int,
     F: int,
     share: int,
     R: tl.constexpr,
     Q: tl.constexpr,
-    FEEDS: tl.constexpr,
+    ABOVE: tl.constexpr,
+    BELOW: tl.constexpr,
+    AGAIN: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Columns of one share of the rows: gate and up become dg and du; dh' y and, if FEEDS, h_g' dg and h_u' du."""
-    col = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    part = tl.program_id(1)
-    rank, below = tl.arange(0, R), tl.arange(0, Q)
-    sum_a = tl.zeros((R, COLUMNS), tl.float32)
-    if FEEDS:
-        sum_g = tl.zeros((Q, COLUMNS), tl.float32)
-        sum_u = tl.zeros((Q, COLUMNS), tl.float32)
-    for start in tl.range(part * share, (part + 1) * share, ROWS, num_stages=2):
-        row = (start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        inside = (row < T) & (col < F)[None, :]
-        g_at, u_at = gate + row * x_row + col[None, :], up + row * x_row + col[None, :]
-        d = tl.load(dy + row * dy_row + col[None, :], inside, other=0.0).to(tl.float32)
-        g = tl.load(g_at, inside, other=0.0).to(tl.float32)
-        u = tl.load(u_at, inside, other=0.0).to(tl.float32)
-        dg, du, y = _gradients(d, g, u)
-        dg, du, y = dg.to(gate.dtype.element_ty), du.to(gate.dtype.element_ty), y.to(gate.dtype.element_ty)
-        tl.store(g_at, dg, inside)
-        tl.store(u_at, du, inside)
-        d_rank = tl.load(dh + row * dh_row + rank[None, :], row < T, other=0.0)
-        sum_a = tl.dot(tl.trans(d_rank), y, sum_a, input_precision="ieee")
-        if FEEDS:
-            h_at = h + row * h_row + below[None, :]
-            h_g, h_u = tl.load(h_at, row < T, other=0.0), tl.load(h_at + Q, row < T, other=0.0)
-            sum_g = tl.dot(tl.trans(h_g), dg, sum_g, input_precision="ieee")
-            sum_u = tl.dot(tl.trans(h_u), du, sum_u, input_precision="ieee")
-    inside = (col < F)[None, :]
-    tl.store(da + (part * R + rank[:, None]) * F + col[None, :], sum_a, inside)
-    if FEEDS:
-        b_at = db + (part * 2 * F + col[None, :]) * Q + below[:, None]
-        tl.store(b_at, sum_g, inside)
-        tl.store(b_at + F * Q, sum_u, inside)
+    """Columns of one share of the rows: gate and up become dg and du, and, if AGAIN, dy becomes y. If ABOVE, dy + dh a
+    stands for dy, and dh' y is made; if BELOW, gate + h_g b_g' and up + h_u b_u' for gate and up, and dg' h_g and
+    du' h_u are. Tiles lie across, columns first, so that what a product gives is what the next one reads."""
+    first, part = tl.program_id(0) * COLUMNS, tl.program_id(1)
+    col, over, under = (first + tl.arange(0, COLUMNS))[:, None], tl.arange(0, R)[None, :], tl.arange(0, Q)[None, :]
+    if ABOVE:
+        a_tile = tl.load(a + over * a_row + col, col < F, other=0.0)
+        sum_a = tl.zeros((COLUMNS, R), tl.float32)
+    if BELOW:
+        b_g, b_u = _both(b, b_half, b_row, first, F, Q, COLUMNS)
+        sum_g = tl.zeros((COLUMNS, Q), tl.float32)
+        sum_u = tl.zeros((COLUMNS, Q), tl.float32)
+    for row in tl.range(part * share, (part + 1) * share, ROWS, num_stages=3):
+        d = dy.load([row, first]).T.to(tl.float32)
+        g = x.load([row, 0, first]).reshape(ROWS, COLUMNS).T.to(tl.float32)
+        u = x.load([row, 1, first]).reshape(ROWS, COLUMNS).T.to(tl.float32)
+        if ABOVE:
+            d_rank = dh.load([row, 0])
+            d = tl.dot(a_tile, d_rank.T, d, input_precision="ieee")
+        if BELOW:
+            h_g, h_u = h.load([row, 0, 0]).reshape(ROWS, Q), h.load([row, 1, 0]).reshape(ROWS, Q)
+            g = tl.dot(b_g, h_g.T, g, input_precision="ieee")
+            u = tl.dot(b_u, h_u.T, u, input_precision="ieee")
+        dg, du, value = _gradients(d, g, u)
+        dg, du, value = dg.to(x.dtype), du.to(x.dtype), value.to(x.dtype)
+        x.store([row, 0, first], dg.T.reshape(ROWS, 1, COLUMNS))
+        x.store([row, 1, first], du.T.reshape(ROWS, 1, COLUMNS))
+        if AGAIN:
+            dy.store([row, first], value.T)
+        if ABOVE:
+            sum_a = tl.dot(value, d_rank, sum_a, input_precision="ieee")
+        if BELOW:
+            sum_g = tl.dot(dg, h_g, sum_g, input_precision="ieee")
+            sum_u = tl.dot(du, h_u, sum_u, input_precision="ieee")
+    if ABOVE:
+        tl.store(da + (part * R + over) * F + col, sum_a, col < F)
+    if BELOW:
+        db_at = db + (part * 2 * F + col) * Q + under
+        tl.store(db_at, sum_g, col < F)
+        tl.store(db_at + F * Q, sum_u, col < F)
+
+
+@jit
+def _both(
+    b: tl.tensor, half: int, row: int, first: int, F: int, Q: tl.constexpr, COLUMNS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Tiles [COLUMNS, Q] of b_g and b_u."""
+    col = (first + tl.arange(0, COLUMNS))[:, None]
+    at = b + col * row + tl.arange(0, Q)[None, :]
+    return tl.load(at, col < F, other=0.0), tl.load(at + half, col < F, other=0.0)
 
 
 def _forward(gate: Tensor, up: Tensor, y: Tensor | None = None) -> Tensor:
@@ -222,43 +280,104 @@ def swiglu_backward(
 
 
 @torch.no_grad()
-def swiglu_adapted_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, dh: Tensor, h: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """gate and up become their gradients, dg and du; (dh' y [R, F], (dg' h_g, du' h_u) [2, F, Q]), both float32.
-
-    With y the value of `swiglu` and dh the gradient of its product with LoRA's A this is A's gradient, and with h
-    what gate's and up's B were multiplied by, theirs.
+def swiglu_adapted(gate: Tensor, up: Tensor, h: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """silu(gate + h_g b_g') * (up + h_u b_u'), computed in fp32: `swiglu` of products that lack LoRA's term.
 
     Args:
-        grad: [T, F], as gate, of which up is the other half in one buffer.
-        dh: [T, R], as gate; R is one of `RANKS`.
-        h: [T, 2 Q], h_g beside h_u; likewise.
+        gate, up: [T, F], the halves of one buffer; their rows, y's, dh's and h's lie multiples of 16 bytes apart.
+        h: [T, 2 Q], h_g beside h_u; Q is one of `RANKS`.
+        b: [2, F, Q], b_g and b_u, rows dense.
+        out: [T, F], as gate.
 
     Raises:
         ValueError: tensors that do not fit.
     """
-    (T, F), R, Q = gate.shape, dh.shape[1], 0 if h is None else h.shape[1] // 2
-    same_layout(grad, gate, up)
-    if R not in RANKS or (h is not None and Q not in RANKS) or gate.stride() != up.stride():
-        raise ValueError(f"expected ranks of {RANKS} and halves of one buffer, got {R}, {Q} and {gate.stride()}")
+    y = gate.new_empty(gate.shape) if out is None else out
+    _check(gate, up, y, None, (h, b))
     if not use_triton(gate):
-        da = dh.float().t() @ reference.swiglu(gate, up).float()
-        for half, to in zip((gate, up), reference.swiglu_backward(grad, gate, up), strict=True):
-            half.copy_(to)
-        if h is None:
-            return da, None
-        h_g, h_u = h.float().chunk(2, 1)
-        return da, torch.stack([gate.float().t() @ h_g, up.float().t() @ h_u])
-    rows, columns = (64, 128) if gate.element_size() == 2 else (32, 64)  # what shared memory holds
-    blocks = ceil_div(F, columns)
-    share = ceil_div(ceil_div(T, max(SHARES, ceil_div(PROGRAMS, blocks))), rows) * rows
-    parts = ceil_div(T, share)
-    da = torch.empty(parts, R, F, dtype=torch.float32, device=gate.device)
-    db = None if h is None else torch.empty(parts, 2, F, Q, dtype=torch.float32, device=gate.device)
-    _adapted_kernel[(blocks, parts)](
-        grad, gate, up, dh, dh if h is None else h, da, da if db is None else db,
-        grad.stride(0), gate.stride(0), dh.stride(0), 0 if h is None else h.stride(0), T, F, share,
-        R=R, Q=Q or R, FEEDS=h is not None, ROWS=rows, COLUMNS=columns, num_warps=8,
+        return y.copy_(reference.swiglu(*reference.adapted(gate, up, h, b)))
+    (T, F), Q, columns = gate.shape, b.shape[2], 64
+    blocks, parts, share = _shares(T, F, columns, FORWARD_PROGRAMS)
+    _adapted_forward_kernel[(blocks, parts)](
+        gate, up, h, b, y, gate.stride(0), h.stride(0), b.stride(0), b.stride(1), y.stride(0), T, F, share,
+        Q=Q, ROWS=ROWS, COLUMNS=columns, num_warps=4,
     )  # fmt: skip
-    return da.sum(0), None if db is None else db.sum(0)
+    return y
+
+
+@torch.no_grad()
+def swiglu_adapted_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, above: Pair | None, below: Pair | None, *, value: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """`swiglu_backward` in place, gate and up becoming dg and du, with what LoRA asks of the same tiles.
+
+    Args:
+        grad: [T, F], as gate and up, which are as of `swiglu_adapted`.
+        above: (dh [T, R], a [R, F]) of the module that reads y: grad lacks dh a. R is one of `RANKS`.
+        below: (h, b) of those that make gate and up, as of `swiglu_adapted`: they lack h b'.
+        value: grad becomes y.
+
+    Returns:
+        (a's gradient dh' y [R, F], b's gradients dg' h_g and du' h_u [2, F, Q]), float32, None without above or below.
+
+    Raises:
+        ValueError: tensors that do not fit.
+    """
+    if above is None and below is None:
+        swiglu_backward(grad, gate, up, gate, up, grad if value else None)
+        return None, None
+    _check(gate, up, grad, above, below)
+    if not use_triton(gate):
+        dg, du, y, da, db = reference.swiglu_adapted_backward(grad, gate, up, above, below)
+        for into, found in ((gate, dg), (up, du), *([(grad, y)] if value else ())):
+            into.copy_(found)
+        return da, db
+    (T, F), columns = gate.shape, 128 // gate.element_size()  # as shared memory holds
+    (dh, a), (h, b) = above or (grad, grad), below or (gate, grad[None])
+    R, Q = len(a) if above else b.shape[2], b.shape[2] if below else len(a)
+    blocks, parts, share = _shares(T, F, columns, BACKWARD_PROGRAMS)
+    da = torch.empty(parts, R, F, dtype=torch.float32, device=gate.device) if above else None
+    db = torch.empty(parts, 2, F, Q, dtype=torch.float32, device=gate.device) if below else None
+    _adapted_backward_kernel[(blocks, parts)](
+        _descriptor(grad, columns), _halves(gate, columns), _descriptor(dh[:, :R], R), _halves(h[:, :Q], Q), a, b,
+        db if da is None else da, da if db is None else db, a.stride(0), b.stride(0), b.stride(1), F, share,
+        R=R, Q=Q, ABOVE=above is not None, BELOW=below is not None, AGAIN=value, ROWS=ROWS, COLUMNS=columns,
+        num_warps=4,
+    )  # fmt: skip
+    return None if da is None else da.sum(0), None if db is None else db.sum(0)
+
+
+def _shares(T: int, F: int, columns: int, programs: int) -> tuple[int, int, int]:
+    """(blocks of columns, shares of the rows, rows of a share)."""
+    blocks = ceil_div(F, columns)
+    share = ceil_div(ceil_div(T, max(1, programs // blocks)), ROWS) * ROWS
+    return blocks, ceil_div(T, share), share
+
+
+def _descriptor(x: Tensor, columns: int) -> Any:
+    return descriptor(x, list(x.shape), list(x.stride()), [ROWS, columns])
+
+
+def _halves(x: Tensor, columns: int) -> Any:
+    """Of x [T, W] and what lies beside it, as wide."""
+    T, W = x.shape
+    return descriptor(x, [T, 2, W], [x.stride(0), W, 1], [ROWS, 1, columns])
+
+
+def _check(gate: Tensor, up: Tensor, y: Tensor, above: Pair | None, below: Pair | None) -> None:
+    same_layout(gate, up, y)
+    (T, F), step = gate.shape, gate.shape[1] * gate.element_size()
+    tiled = gate, y, *(above or ())[:1], *(below or ())[:1]
+    steps = step, *(n for x in tiled for n in (x.data_ptr(), x.stride(0) * x.element_size()))
+    fit = gate.stride() == up.stride() and up.data_ptr() == gate.data_ptr() + step
+    fit &= not any(n % MULTIPLE for n in steps)
+    if above:
+        dh, a = above
+        fit &= len(a) in RANKS and dh.shape == (T, len(a)) and a.shape[1] == F
+    if below:
+        h, b = below
+        fit &= b.shape[2] in RANKS and h.shape == (T, 2 * b.shape[2]) and b.shape[:2] == (2, F)
+    if not fit:
+        shapes = [tuple(x.shape) for x in (gate, *(above or ()), *(below or ()))]
+        wanted = f"halves of one buffer, rows {MULTIPLE} bytes apart or multiples, and adapters with ranks of {RANKS}"
+        raise ValueError(f"expected {wanted}, got {shapes}")

@@ -16,8 +16,13 @@ for dh:
 That costs a hundredth more products, and no pass over y and dx. Who makes x or g leaves the room: norms, SwiGLU, and
 whoever makes a gradient, whose rows are as far apart as those of its tensor.
 
+Beside SwiGLU LoRA's terms cost next to nothing: the group that makes gate and up leaves its term to the group that
+reads them, and that one its gradient's to SwiGLU's backward pass, which makes the adapters' gradients too
+(`kernels.swiglu`).
+
 With FP8 (row-wise e4m3, `kernels.fp8`) activations and gradients are quantised on the way, and the weights in both
-orientations, once with `keep` and in every pass without; adapters are added in a pass of their own, `kernels.low_rank`.
+orientations, once with `keep` and in every pass without; other adapters are added in a pass of their own,
+`kernels.low_rank`.
 
 Dropout's mask is a function of a seed and is never stored. Modules of a group share it (PEFT draws one for
 each: every module sees the same distribution, not the same draw). The trained tensors stay PEFT's own float32
@@ -44,7 +49,7 @@ from medlora.kernels.fp8 import fp8_linear, quantize_rows
 from medlora.kernels.low_rank import add_low_rank_
 from medlora.kernels.nf4 import BLOCKSIZE, dequantize_nf4, stored_scales
 from medlora.kernels.product import matmul
-from medlora.kernels.swiglu import RANKS, swiglu, swiglu_adapted_backward, swiglu_backward
+from medlora.kernels.swiglu import RANKS, swiglu, swiglu_adapted, swiglu_adapted_backward
 from medlora.model.modules import Unfusable, adapter_of, quantisation_of
 
 FP8_MULTIPLE = 16  # of a width, which the tensor cores ask for
@@ -106,6 +111,8 @@ class Group:
         """The kept weights and the adapters: [[W, scattered b], [a, 0]], [N + R, D + R]."""
         self.lends = False
         """Weights that are not kept are dequantised beside copies of the adapters."""
+        self.left: Tensor | None = None
+        """h [T, R], whose term the group that is passed next adds."""
         self.b_grads: Tensor | None = None
         """Every b's gradient of the backward pass that is due, where the group that reads this one's output made it."""
         self._check_adapters()
@@ -155,6 +162,12 @@ class Group:
         """How many columns beside this group's inputs and outputs its products take along: R where the weights lie
         beside the adapters, else none."""
         return len(self.a) if self.beside is not None or self.lends else 0
+
+    @property
+    def leaves_term(self) -> bool:
+        """Whether h b' is left to the group that reads this one's output."""
+        fits = self.even is not None and self.even.shape[2] in RANKS and not self.sizes[0] % ALIGNED
+        return self.read_gated and fits
 
     @property
     def beside_elements(self) -> int:
@@ -234,7 +247,7 @@ class Group:
         w = self.weight(scratch)
         return quantize_rows(w.t() if back else w)
 
-    def product(self, x: Tensor, scratch: Tensor, onto: Tensor | None, *, back: bool = False) -> Tensor:
+    def product(self, x: Tensor, scratch: Tensor, onto: Tensor | None = None, *, back: bool = False) -> Tensor:
         """x W', or with `back` x W; `onto`, where given, is added to and returned."""
         if self.fp8:
             y = fp8_linear(x, *self.codes(scratch, back))
@@ -242,39 +255,36 @@ class Group:
         w = self.weight(scratch) if back else self.weight(scratch).t()
         return matmul(x, w, onto, adds=onto is not None)
 
-    def input(self, x: Tensor) -> Tensor:
+    def input(self, x: Tensor, left: Tensor | None) -> Tensor:
+        """What the modules read; `left`: the h of the group that made x, if x lacks its term."""
         if self.gated is None:
             return x
-        gate, up = x.chunk(2, 1)
-        return swiglu(gate, up, roomy(gate, self.room) if self.room else None)
+        (gate, up), b = x.chunk(2, 1), self.gated.even
+        out = roomy(gate, self.room) if self.room else None
+        return swiglu(gate, up, out) if left is None or b is None else swiglu_adapted(gate, up, left, b, out)
 
-    def forward(self, x: Tensor, how: Pass) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, x: Tensor, how: Pass, left: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(y [T, N], dropout(x) [T, D], s dropout(x) A' [T, R]); the last two None without adapters."""
         if not self.parts:
-            y = self._nothing(x) if how.discard else self._with_bias(self.product(self.input(x), how.scratch, None))
-            return y, None, None
-        inner = self.input(x)
+            if how.discard:
+                return self._nothing(x), None, None
+            return self._with_bias(self.product(self.input(x, left), how.scratch)), None, None
+        inner = self.input(x, left)
         dropped, both = how.dropout(inner), widened(inner, self.room)
         h_TR = _scaled(dropped, self.a.t(), self.scaling, None if both is None else both[:, self.shape[1] :])
         if how.discard:
             return self._nothing(x), dropped, h_TR
-        if self.fp8:
-            y = self.add_adapted(h_TR, self.product(inner, how.scratch, None))
+        out = None if self.fp8 else roomy(x, 0 if how.p else self.room, self.shape[0])
+        if out is None:
+            y = self.product(inner, how.scratch)
+            y = y if self.leaves_term else self.add_adapted(h_TR, y)
+        elif self.leaves_term:
+            y = matmul(inner, self.weight(how.scratch).t(), out)
+        elif both is None:
+            y = self.product(inner, how.scratch, self.adapted(h_TR, out))
         else:
-            y = roomy(x, 0 if how.p else self.room, self.shape[0])
-            if both is None:
-                y = self.product(inner, how.scratch, self.adapted(h_TR, y))
-            else:
-                matmul(both, self.stacked(how.scratch, back=False).t(), y)
-        behind = self.behind(y)
-        if behind is not None:
-            behind.copy_(h_TR)
+            y = matmul(both, self.stacked(how.scratch, back=False).t(), out)
         return self._with_bias(y), dropped, h_TR
-
-    def behind(self, y: Tensor) -> Tensor | None:
-        """Where h lies behind an output that a gated group reads."""
-        both = widened(y, self.room) if self.read_gated and self.even is not None else None
-        return None if both is None else both[:, self.shape[0] :]
 
     def _nothing(self, x: Tensor) -> Tensor:
         """The output's shape without its memory."""
@@ -338,19 +348,23 @@ class _Linear(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, how: Pass, *masters: Tensor) -> Tensor:
-        y, dropped, h_TR = group.forward(x, how)
+        left = None
+        if group.gated:
+            left, group.gated.left = group.gated.left, None
+        y, dropped, h_TR = group.forward(x, how, left)
         again = group.gated is not None or (how.lean and bool(group.parts))
         if h_TR is not None and (again or dropped is not x):
             h_TR = h_TR.contiguous()  # beside a tensor that is not kept it would keep that too
-        ctx.save_for_backward(x if again else dropped, h_TR)
+        group.left = h_TR if group.leaves_term else None
+        ctx.save_for_backward(x if again else dropped, h_TR, left)
         ctx.group, ctx.how, ctx.again = group, how, again
         # the backward pass is next then, and SwiGLU's own makes what it needs
-        ctx.dropped = None if not how.discard or (group.gated and _makes(h_TR, how)) else dropped
+        ctx.dropped = None if not how.discard or (group.gated and _makes(group, h_TR, how)) else dropped
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, h_TR), group, how = ctx.saved_tensors, ctx.group, ctx.how
+        (x, h_TR, left), group, how = ctx.saved_tensors, ctx.group, ctx.how
         dropped, ctx.dropped = ctx.dropped, None
         wanted = ctx.needs_input_grad[0]
         both = None if how.p else widened(grad, group.room)
@@ -363,20 +377,20 @@ class _Linear(Function):
             dh_TR = group.rank_grad(grad, h_TR.new_empty(h_TR.shape) if both is None else both[:, group.shape[0] :])
             db = group.output_grads(grad, h_TR)
             if dropped is None and not (group.gated and wanted):  # else SwiGLU's backward pass makes it
-                dropped = how.dropout(group.input(x)) if ctx.again else x
+                dropped = how.dropout(group.input(x, left)) if ctx.again else x
             da = None if dropped is None else _float32_product(torch.mm, dh_TR.t(), dropped)
             del dropped
-        if wanted:
-            dx = _to_input(group, grad, both, dh_TR, how)
         if wanted and group.gated:
-            dx, da = _through_swiglu(group.gated, dx, x, how, dh_TR, da)
+            dx, da = _to_gate_and_up(group, grad, both, x, how, dh_TR, da, left)
+        elif wanted:
+            dx = _to_input(group, grad, both, dh_TR, how)
         for (_, ranks, _), each in zip(group.parts, db, strict=True):
             grads += [da[ranks], each]
         return dx, None, None, *grads
 
 
 def _to_input(group: Group, grad: Tensor, both: Tensor | None, dh_TR: Tensor | None, how: Pass) -> Tensor:
-    """The gradient in the group's input, before SwiGLU; `both`: grad with dh_TR beside it, where it has room."""
+    """The gradient in what the modules read; `both`: grad with dh_TR beside it, where it has room."""
     if both is not None:
         return matmul(both, group.stacked(how.scratch, back=True))
     onto = None if dh_TR is None or not how.p else how.dropout(dh_TR @ group.a)
@@ -388,25 +402,29 @@ def _to_input(group: Group, grad: Tensor, both: Tensor | None, dh_TR: Tensor | N
     return add_low_rank_(dx, dh_TR, group.a.t().contiguous()[None])  # read across, it would take twice as long
 
 
-def _through_swiglu(below: Group, grad: Tensor, x: Tensor, how: Pass, dh_TR: Any, da: Any) -> tuple[Tensor, Any]:
+def _to_gate_and_up(
+    group: Group, grad: Tensor, both: Tensor | None, x: Tensor, how: Pass, dh_TR: Any, da: Any, left: Tensor | None
+) -> tuple[Tensor, Any]:
     """(the gradient in gate and up, in their own place, since only this group reads them, and not again; a's, where
-    there is one). `below` is the group that made gate and up, whose b's gradients are made on the way."""
+    there is one). The b's gradients of the group that made them are made on the way, if x lacks its term."""
+    made_by: Any = group.gated
     x = x.detach()
     gate, up = x.chunk(2, 1)
-    below.b_grads = None  # of a backward pass that broke off
-    missing = dh_TR is not None and da is None
-    if missing and _makes(dh_TR, how):
-        h_TR = below.behind(x)
-        h_TR = h_TR if h_TR is not None and h_TR.shape[1] // 2 in RANKS else None
-        da, below.b_grads = swiglu_adapted_backward(grad, gate, up, dh_TR, h_TR)
+    made_by.b_grads = None  # of a backward pass that broke off
+    below = None if left is None else (left, made_by.even)
+    if _makes(group, dh_TR, how):
+        dx = group.product(grad, how.scratch, back=True)
+        da, made_by.b_grads = swiglu_adapted_backward(dx, gate, up, (dh_TR, group.a), below)
         return x, da
-    swiglu_backward(grad, gate, up, gate, up, grad if missing else None)
-    return x, _float32_product(torch.mm, dh_TR.t(), how.dropout(grad)) if missing else da
+    dx = _to_input(group, grad, both, dh_TR, how)
+    missing = dh_TR is not None and da is None
+    _, made_by.b_grads = swiglu_adapted_backward(dx, gate, up, None, below, value=missing)
+    return x, _float32_product(torch.mm, dh_TR.t(), how.dropout(dx)) if missing else da
 
 
-def _makes(h_TR: Tensor | None, how: Pass) -> bool:
-    """Whether SwiGLU's backward pass makes a's gradient too."""
-    return h_TR is not None and not how.p and h_TR.shape[1] in RANKS
+def _makes(group: Group, h_TR: Tensor | None, how: Pass) -> bool:
+    """Whether SwiGLU's backward pass adds LoRA's term and makes a's gradient too."""
+    return h_TR is not None and not how.p and h_TR.shape[1] in RANKS and not group.shape[1] % ALIGNED
 
 
 def _scaled(x: Tensor, w: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
