@@ -1,5 +1,6 @@
 """The command line as a new user meets it: help, one-sentence errors with exit codes, JSON, chat."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from medlora import cli
+from medlora.cli.options import importing
 from medlora.errors import MedloraError
 from medlora.generate.answer import NOTICE
 from medlora.train import run
@@ -201,3 +203,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     monkeypatch.setattr(Watch, "on_step_begin", on_step_begin)
     code, out, _ = medlora("train", "--resume", "out")
     assert code == 0 and "Going on from out/checkpoints/checkpoint-2" in out
+
+
+def test_garbage_is_looked_for_again_after_imports() -> None:
+    with pytest.raises(ImportError), importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()

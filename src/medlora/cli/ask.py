@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medlora.cli.options import Command, offline
+from medlora.cli.options import Command, importing, offline
 from medlora.errors import RunError
 
 if TYPE_CHECKING:
@@ -119,9 +119,10 @@ def _assistant(options: dict[str, Any]) -> "tuple[Assistant, Sampling]":
     from medlora.recipe import Base
 
     adapter = options["adapter"] or (None if options["base"] else _newest_run())
-    from medlora.generate.answer import Assistant
-    from medlora.generate.sampling import Sampling
-    from medlora.model.adapter import find_adapter
+    with importing():
+        from medlora.generate.answer import Assistant
+        from medlora.generate.sampling import Sampling
+        from medlora.model.adapter import find_adapter
 
     base = Base(model=options["base"]) if options["base"] else None
     assistant = Assistant.load(find_adapter(adapter) if adapter else None, base)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from medlora.cli.options import offline
+from medlora.cli.options import importing, offline
 from medlora.errors import DataError
 
 
@@ -32,8 +32,9 @@ def evaluate(
 
     Item by item results lie in RUN/evaluation; an interrupted evaluation goes on where it stopped.
     """
-    from medlora.evaluate import run as runs
-    from medlora.evaluate.summary import describe, summarize
+    with importing():
+        from medlora.evaluate import run as runs
+        from medlora.evaluate.summary import describe, summarize
 
     def say(line: str) -> None:
         click.echo(line, err=as_json)

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from medlora.cli.options import offline
+from medlora.cli.options import importing, offline
 from medlora.errors import RecipeError
 
 
@@ -52,8 +52,9 @@ def recipes_show(recipe: str, resolved: bool, overrides: tuple[str, ...], as_jso
 @offline
 def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Versions, device, memory, and which model sizes this machine can train."""
-    from medlora import doctor as examination
-    from medlora.recipe import load_recipe
+    with importing():
+        from medlora import doctor as examination
+        from medlora.recipe import load_recipe
 
     if overrides and not recipe:
         raise RecipeError("--set changes a recipe; give it with --recipe")

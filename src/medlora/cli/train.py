@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from medlora.cli.options import fail, offline
+from medlora.cli.options import fail, importing, offline
 from medlora.errors import RecipeError, RunError
 
 
@@ -46,8 +46,9 @@ def train(
         return
     loaded = None if resume else load_recipe(recipe or "", overrides)
 
-    from medlora.report.page import write_report
-    from medlora.train import run
+    with importing():
+        from medlora.report.page import write_report
+        from medlora.train import run
 
     def say(line: str) -> None:
         click.echo(line, err=as_json)
@@ -66,8 +67,9 @@ def train(
 
 
 def _preview(recipe: Any) -> None:
-    from medlora.data.build import preview
-    from medlora.train.run import prepare
+    with importing():
+        from medlora.data.build import preview
+        from medlora.train.run import prepare
 
     prepared = prepare(recipe)
     example = prepared.corpus.train[0]
