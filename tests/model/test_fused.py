@@ -30,6 +30,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "rslora": lambda: make(ALL, lora={"use_rslora": True}),
     "mistral": lambda: make(ALL, family="mistral", head_dim=24, sliding_window=None),
     "ranks": lambda: make(ALL, lora={"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"v_proj": 6}}),
+    # ranks whose terms SwiGLU adds
+    "16": lambda: make(ALL, mlp_bias=True, lora={"r": 16}),
+    "16 and 32": lambda: make(
+        ALL, lora={"r": 16, "rank_pattern": {"down_proj": 32}, "alpha_pattern": {"down_proj": 24}}
+    ),
+    "16, gate and up": lambda: make(["gate_proj", "up_proj"], lora={"r": 16}),
 }
 
 
@@ -74,7 +80,7 @@ def test_nf4_weights_are_dequantised_on_the_way() -> None:
 
 @pytest.fixture
 def dropping() -> Any:
-    return make(lora={"lora_dropout": 0.3})
+    return make(ALL, lora={"r": 16, "lora_dropout": 0.3})
 
 
 def seeded(model: Any, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,7 +101,7 @@ def test_a_seed_decides_the_dropout(dropping: Any) -> None:
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"], ["down_proj"], ["o_proj"]], ids="_".join)
 @pytest.mark.parametrize(("way", "held"), [("selective", 0), ("full", 0), ("full", 2), ("offload", 0), ("offload", 1)])
 def test_what_is_recomputed_gives_the_same_gradients(way: Any, held: int, targets: list[str]) -> None:
-    model, batch = make(targets, lora={"lora_dropout": 0.3}), pack(documents())
+    model, batch = make(targets, lora={"r": 16, "lora_dropout": 0.3}), pack(documents())
 
     def step(recompute: Any) -> tuple[Tensor, dict[str, Tensor]]:
         torch.manual_seed(3)

@@ -30,9 +30,9 @@ from .reference import Pair
 
 BLOCK = 1024  # elements a program: 8 a thread, one 16-byte access in bf16
 RANKS = (16, 32, 64)  # that the tensor cores take and registers hold
-MULTIPLE = 16  # bytes
-ROWS = 32  # of a tile, so that registers of two programs and more fit a multiprocessor
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 2048, 528  # which fill an H100 twice
+MULTIPLE = 16  # bytes, by which descriptors count
+ROWS = 32  # of a tile, so that a multiprocessor holds the registers of two programs and more
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 2048, 528  # which fill an H100 some three times, and twice
 
 
 @jit

@@ -127,6 +127,7 @@ class Fused:
         needed = max(group.beside_elements for group in self.every)
         self.scratch = torch.empty(needed, dtype=self.dtype, device=self.device)
         for group in self.every:
+            group.left = group.b_grads = None  # of a row that broke off
             if self.keep:
                 group.keep(self.scratch)
             else:
