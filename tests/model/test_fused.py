@@ -354,15 +354,17 @@ def test_on_a_gpu_the_kernels_give_the_float32_gradients(
     monkeypatch: pytest.MonkeyPatch, targets: list[str], way: str
 ) -> None:
     """bfloat16 through Triton and flash attention, against float32; FP8 as far off as its own rounding."""
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 256,
         "intermediate_size": 512,
         "num_key_value_heads": 4 if "queries" in way else 2,
+        "max_position_embeddings": 256,
+        "lora": {"r": 16},  # which SwiGLU takes along
     }
     if "document" in way:
         monkeypatch.setattr(attention, "flash_takes", lambda *_: False)
     rows = documents((90, 170, 50, 120))
-    cpu, batch = make(targets, **shape, max_position_embeddings=256), pack(rows)
+    cpu, batch = make(targets, **shape), pack(rows)
 
     def step(model: Any, **how: Any) -> tuple[Tensor, dict[str, Tensor]]:
         with packing(model, True, **how):
@@ -371,7 +373,7 @@ def test_on_a_gpu_the_kernels_give_the_float32_gradients(
         return loss.detach().cpu(), {name: grad.cpu() for name, grad in gradients(model).items()}
 
     expected, theirs = step(cpu)
-    model = make(targets, **shape, max_position_embeddings=256).cuda()
+    model = make(targets, **shape).cuda()
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
