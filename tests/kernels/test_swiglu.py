@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from medlora.kernels import reference
+from medlora.kernels import swiglu as module
 from medlora.kernels.swiglu import swiglu, swiglu_adapted, swiglu_adapted_backward, swiglu_backward
 
 
@@ -66,11 +67,18 @@ def completed(gate, up, below):
     return gate + h_g @ b[0].t(), up + h_u @ b[1].t()
 
 
-RANKED = [(1, 96, 16, 16), (70, 136, 16, 32), (387, 576, 64, 16)]
+RANKED = [(1, 96, 16, 16), (70, 136, 16, 32), (200, 200, 64, 16)]
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """So that a share has several tiles of rows."""
+    monkeypatch.setattr(module, "FORWARD_PROGRAMS", 12)
+    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", 12)
 
 
 @pytest.mark.parametrize(("T", "F", "R", "Q"), RANKED)
-def test_terms_that_are_left_to_it(T, F, R, Q, dtype, device, close):
+def test_terms_that_are_left_to_it(T, F, R, Q, dtype, device, close, few_programs):
     gate, up = torch.randn(T, 2 * F, device=device).to(dtype).chunk(2, dim=1)
     _, (h, b) = adapters(T, F, R, Q, dtype, device)
     expected = reference.swiglu(*completed(gate.double(), up.double(), (h.double(), b.double())))
@@ -82,10 +90,9 @@ def test_terms_that_are_left_to_it(T, F, R, Q, dtype, device, close):
     assert torch.equal(buffer[:, F:], torch.ones(T, 8, device=device, dtype=dtype))
 
 
-@pytest.mark.parametrize("value", [False, True], ids=["", "value"])
-@pytest.mark.parametrize("who", ["above", "below", "both", "neither"])
+@pytest.mark.parametrize(("who", "value"), [("above", False), ("below", True), ("both", False), ("neither", True)])
 @pytest.mark.parametrize(("T", "F", "R", "Q"), RANKED)
-def test_adapters_gradients_on_the_way(T, F, R, Q, who, value, dtype, device, close):
+def test_adapters_gradients_on_the_way(T, F, R, Q, who, value, dtype, device, close, few_programs):
     """In rows with something behind them, which stays; the value, if asked for, in the gradient's place."""
     buffer = torch.randn(T, 2 * F + 8, device=device).to(dtype)
     both, behind = buffer[:, : 2 * F], buffer[:, 2 * F :].clone()
