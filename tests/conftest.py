@@ -91,6 +91,15 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Bases quantised in tests are kept for this session alone."""
+    home = tmp_path_factory.mktemp("quantised")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medlora.model.stream.home", lambda: home)
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaMA-2-style base: tokenizer.model, two safetensors shards, 64 wide, 2 layers, grouped keys."""

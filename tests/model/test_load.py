@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from medlora.model import load as load_module
 from medlora.model.base import resolve
 from medlora.model.load import compute_dtype, load_model
+from medlora.model.stream import Unusual
 from medlora.recipe import Base
 
 # The 16 quantiles of a standard normal, scaled to [-1, 1] (QLoRA, arXiv:2305.14314, appendix E)
@@ -62,6 +64,56 @@ def test_weights_and_logits_are_those_of_transformers_with_bitsandbytes(llama_fo
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits.to(torch.bfloat16), rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_second_start_rounds_nothing(
+    llama_folder: Path, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what either start loads is what rounding without a cache gives, down to the classes."""
+    from bitsandbytes import functional as bnb
+
+    monkeypatch.setattr("medlora.model.stream.home", lambda: tmp_path)
+    base, found = Base(model=str(llama_folder), double_quant=double), []
+
+    def load() -> Any:
+        return load_model(resolve(base), base, torch.device("cpu"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(load_module, "load_nf4", unusual)
+        expected = load()
+    quantize = bnb.quantize_4bit
+    for _ in range(2):
+        monkeypatch.setattr(bnb, "quantize_4bit", lambda *all, **how: (found.append(1), quantize(*all, **how))[1])
+        before, model = len(found), load()
+        rounded = len(found) - before
+        ours, theirs = model.state_dict(), expected.state_dict()
+        assert ours.keys() == theirs.keys() and all(map(torch.equal, ours.values(), theirs.values()))
+        assert {n: type(m) for n, m in model.named_modules()} == {n: type(m) for n, m in expected.named_modules()}
+        assert model.config.to_dict() == expected.config.to_dict()
+        assert not getattr(model, "is_loaded_in_4bit", False) and not getattr(model, "is_quantized", False)
+    assert found and rounded == 0
+
+
+def unusual(*_: Any) -> Any:
+    raise Unusual("a test asks for it")
+
+
+def test_rows_that_bitsandbytes_misreads_on_some_cpus_are_rounded_flat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setattr("medlora.model.stream.home", lambda: tmp_path)
+    torch.manual_seed(1)
+    shape = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, **shape))
+    model.save_pretrained(tmp_path / "base")
+    base = Base(model=str(tmp_path / "base"))
+    ours: Any = load_model(resolve(base), base, torch.device("cpu"))
+    expected = nearest_nf4(model.model.layers[0].mlp.up_proj.weight.data)
+    torch.testing.assert_close(ours.model.layers[0].mlp.up_proj.weight.data.float(), expected, rtol=1e-2, atol=1e-3)
+    assert not capsys.readouterr().err and not (tmp_path / "quantised").exists()
 
 
 def test_the_loaded_base_is_frozen_without_cache(llama_folder: Path) -> None:

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MEDLORA_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(stream, "home", lambda: tmp_path / "home")
     return tmp_path / "home" / "quantised"
 
 

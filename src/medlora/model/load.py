@@ -1,8 +1,8 @@
 """Load a base in 4-bit NF4 (Dettmers et al. 2023, arXiv:2305.14314).
 
 On a GPU bitsandbytes keeps the 4-bit codes, read straight onto the card by `stream`, and every product dequantises
-them. On a CPU memory is not the bottleneck and the dequantisation is: each weight is rounded to NF4 once, by
-bitsandbytes' own quantiser, and kept dequantised. Both hold the same values.
+them. On a CPU memory is not the bottleneck and the dequantisation is: what `stream` reads is dequantised once. Both
+hold the same values, and leave the codes for the next start.
 """
 
 import sys
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from medlora.errors import ModelError
-from medlora.model.base import Resolved, _unloadable
+from medlora.model.base import Resolved, _unloadable, load_config
 from medlora.model.stream import Unusual, load_nf4
 from medlora.recipe import Base
 
@@ -54,13 +54,15 @@ def load_model(resolved: Resolved, base: Base, on: torch.device | None = None) -
     elif not resolved.is_local:
         kwargs["use_safetensors"] = True  # never a pickle
     four_bit_on_gpu = base.quantization == "nf4" and on.type == "cuda" and not resolved.gguf_file
-    if four_bit_on_gpu:
+    if base.quantization == "nf4":
         try:
-            return _frozen(load_nf4(resolved, _bitsandbytes(base, dtype), dtype, on))
+            return _frozen(_streamed(resolved, base, dtype, on))
         except Unusual as reason:
-            sys.stderr.write(f"{resolved.path}: loaded through Transformers, since {reason}\n")
+            if four_bit_on_gpu:
+                sys.stderr.write(f"{resolved.path}: loaded through Transformers, since {reason}\n")
         except torch.OutOfMemoryError:
             raise _too_large(resolved, on) from None
+    if four_bit_on_gpu:
         kwargs |= {
             "quantization_config": _bitsandbytes(base, dtype),
             "device_map": {"": on.index or 0},
@@ -75,6 +77,17 @@ def load_model(resolved: Resolved, base: Base, on: torch.device | None = None) -
     except Exception as error:
         raise _unloadable(resolved, "weights", error) from None
     return _frozen(model)
+
+
+def _streamed(resolved: Resolved, base: Base, dtype: torch.dtype, on: torch.device) -> Any:
+    if on.type == "cuda":
+        return load_nf4(resolved, _bitsandbytes(base, dtype), dtype, on)
+    stored = None if resolved.gguf_file else load_config(resolved).dtype  # rounded as its files have them
+    if not isinstance(stored, torch.dtype):
+        raise Unusual("its configuration names no dtype")
+    model = load_nf4(resolved, _bitsandbytes(base, stored), stored, on).dequantize(stored)
+    del model.is_loaded_in_4bit, model.hf_device_map  # which trainers ask for
+    return model.to(dtype)
 
 
 def _frozen(model: Any) -> Any:

@@ -128,6 +128,8 @@ def _set(model: Any, name: str, tensor: Tensor) -> None:
         raise Unusual(f"{name} is {tuple(tensor.shape)}, not {tuple(old.shape)}")
     if type(old) is nn.Parameter:
         module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    elif tensor.device.type == "cpu" and tensor.shape[1] % old.blocksize:
+        raise Unusual(f"bitsandbytes 0.50 misreads rows of {tensor.shape[1]} on some CPUs")
     else:
         module._parameters[leaf] = type(old)(tensor, requires_grad=False, **vars(old)).to(tensor.device)
 
