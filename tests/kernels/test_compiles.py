@@ -18,16 +18,6 @@ NF4 = {"codes": "*u8", "absmax": F32, "code": F32, "outer": F32, "offset": F32}
 RMS = {"rms": F32, "dw": F32}
 SUMS = {"da": F32, "db": F32}
 ADAPTED = {"ABOVE": True, "BELOW": True, "AGAIN": True, "ROWS": 32, "COLUMNS": 64}
-
-
-def tiles(rows: int, columns: int, ranks: int) -> dict[str, str]:
-    halves = {"x": [rows, 1, columns], "h": [rows, 1, ranks]}
-    return {
-        name: f"tensordesc<bf16{block}>"
-        for name, block in {**halves, "dy": [rows, columns], "y": [rows, columns], "dh": [rows, ranks]}.items()
-    }
-
-
 BYTES = {"absmax": "*u8"}
 DECODE = NF4 | {"scaling": F32, "shares": F32, "slots": "*i32", "counters": "*i32"}
 ONE_ROW = dict.fromkeys(("M", "S", "G"), "constexpr")  # Triton makes a constant of every integer that is 1
@@ -35,6 +25,13 @@ PRODUCT = {"LORA": True, "RESIDUAL": True, "ASM": True, "BN": 64, "BR": 64, "STE
 PREPARE = {"D": 4096, "CHUNK": 4096, "RANKS": 4, "EARLY": True}
 PAGED = {"table": "*i32", "lengths": "*i32", "parts": F32, "lse": F32}
 DOCUMENTS = {"tiles": "*i32", "lse": F32, "delta": F32}
+
+
+def tiles(rows: int, columns: int, ranks: int) -> dict[str, str]:
+    blocks = {"x": [rows, 1, columns], "h": [rows, 1, ranks], "dy": [rows, columns], "dh": [rows, ranks]}
+    return {name: f"tensordesc<bf16{block}>" for name, block in blocks.items()}
+
+
 CASES = [  # module, kernel, pointers, constants, warps or all that is launched with
     ("nf4", "_dequantize_kernel", NF4, {"DOUBLE": False, "BLOCKS": 64}, 4),
     ("nf4", "_dequantize_kernel", NF4 | {"absmax": "*u8"}, {"DOUBLE": True, "BLOCKS": 64}, 4),

@@ -24,10 +24,10 @@ if TYPE_CHECKING or find_spec("triton"):
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 else:
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 __all__ = [
-    "ceil_div", "descriptor", "is_hopper", "jit", "next_power_of_2", "roomy", "row_launch", "same_layout", "tl",
+    "TensorDescriptor", "ceil_div", "is_hopper", "jit", "next_power_of_2", "roomy", "row_launch", "same_layout", "tl",
     "upload", "use_triton", "widened",
 ]  # fmt: skip
 
@@ -53,11 +53,6 @@ def is_hopper(device: torch.device) -> bool:
 def jit(kernel: Callable[..., Any], **options: Any) -> Any:
     """`triton.jit`, or the plain function where Triton is not installed (it is then never launched)."""
     return kernel if triton is None else triton.jit(kernel, **options)
-
-
-def descriptor(base: Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
-    """Of a tensor that a kernel fetches and stores by blocks, from Hopper on without registers for addresses."""
-    return TensorDescriptor(base, shape, strides, block)
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .dispatch import ceil_div, descriptor, jit, same_layout, tl, use_triton
+from .dispatch import TensorDescriptor, ceil_div, jit, same_layout, tl, use_triton
 from .reference import Pair
 
 BLOCK = 1024  # elements a program: 8 a thread, one 16-byte access in bf16
@@ -338,8 +338,9 @@ def swiglu_adapted_backward(
     blocks, parts, share = _shares(T, F, columns, BACKWARD_PROGRAMS)
     da = torch.empty(parts, R, F, dtype=torch.float32, device=gate.device) if above else None
     db = torch.empty(parts, 2, F, Q, dtype=torch.float32, device=gate.device) if below else None
+    of = TensorDescriptor.from_tensor
     _adapted_backward_kernel[(blocks, parts)](
-        _descriptor(grad, columns), _halves(gate, columns), _descriptor(dh[:, :R], R), _halves(h[:, :Q], Q), a, b,
+        of(grad, [ROWS, columns]), _halves(gate, columns), of(dh[:, :R], [ROWS, R]), _halves(h[:, :Q], Q), a, b,
         db if da is None else da, da if db is None else db, a.stride(0), b.stride(0), b.stride(1), F, share,
         R=R, Q=Q, ABOVE=above is not None, BELOW=below is not None, AGAIN=value, ROWS=ROWS, COLUMNS=columns,
         num_warps=4,
@@ -354,14 +355,10 @@ def _shares(T: int, F: int, columns: int, programs: int) -> tuple[int, int, int]
     return blocks, ceil_div(T, share), share
 
 
-def _descriptor(x: Tensor, columns: int) -> Any:
-    return descriptor(x, list(x.shape), list(x.stride()), [ROWS, columns])
-
-
 def _halves(x: Tensor, columns: int) -> Any:
     """Of x [T, W] and what lies beside it, as wide."""
     T, W = x.shape
-    return descriptor(x, [T, 2, W], [x.stride(0), W, 1], [ROWS, 1, columns])
+    return TensorDescriptor(x, [T, 2, W], [x.stride(0), W, 1], [ROWS, 1, columns])
 
 
 def _check(gate: Tensor, up: Tensor, y: Tensor, above: Pair | None, below: Pair | None) -> None:

@@ -274,16 +274,18 @@ class Group:
         h_TR = _scaled(dropped, self.a.t(), self.scaling, None if both is None else both[:, self.shape[1] :])
         if how.discard:
             return self._nothing(x), dropped, h_TR
-        out = None if self.fp8 else roomy(x, 0 if how.p else self.room, self.shape[0])
-        if out is None:
+        if self.fp8:
             y = self.product(inner, how.scratch)
-            y = y if self.leaves_term else self.add_adapted(h_TR, y)
-        elif self.leaves_term:
-            y = matmul(inner, self.weight(how.scratch).t(), out)
-        elif both is None:
-            y = self.product(inner, how.scratch, self.adapted(h_TR, out))
+            if not self.leaves_term:
+                self.add_adapted(h_TR, y)
         else:
-            y = matmul(both, self.stacked(how.scratch, back=False).t(), out)
+            y = roomy(x, 0 if how.p else self.room, self.shape[0])
+            if self.leaves_term:
+                matmul(inner, self.weight(how.scratch).t(), y)
+            elif both is None:
+                self.product(inner, how.scratch, self.adapted(h_TR, y))
+            else:
+                matmul(both, self.stacked(how.scratch, back=False).t(), y)
         return self._with_bias(y), dropped, h_TR
 
     def _nothing(self, x: Tensor) -> Tensor:
@@ -359,7 +361,7 @@ class _Linear(Function):
         ctx.save_for_backward(x if again else dropped, h_TR, left)
         ctx.group, ctx.how, ctx.again = group, how, again
         # the backward pass is next then, and SwiGLU's own makes what it needs
-        ctx.dropped = None if not how.discard or (group.gated and _makes(group, h_TR, how)) else dropped
+        ctx.dropped = None if not how.discard or _makes(group, h_TR, how) else dropped
         return y
 
     @staticmethod
@@ -380,10 +382,10 @@ class _Linear(Function):
                 dropped = how.dropout(group.input(x, left)) if ctx.again else x
             da = None if dropped is None else _float32_product(torch.mm, dh_TR.t(), dropped)
             del dropped
-        if wanted and group.gated:
-            dx, da = _to_gate_and_up(group, grad, both, x, how, dh_TR, da, left)
-        elif wanted:
+        if wanted:
             dx = _to_input(group, grad, both, dh_TR, how)
+        if wanted and group.gated:
+            dx, da = _through_swiglu(group, dx, x, how, dh_TR, da, left)
         for (_, ranks, _), each in zip(group.parts, db, strict=True):
             grads += [da[ranks], each]
         return dx, None, None, *grads
@@ -391,6 +393,8 @@ class _Linear(Function):
 
 def _to_input(group: Group, grad: Tensor, both: Tensor | None, dh_TR: Tensor | None, how: Pass) -> Tensor:
     """The gradient in what the modules read; `both`: grad with dh_TR beside it, where it has room."""
+    if _makes(group, dh_TR, how):
+        return group.product(grad, how.scratch, back=True)
     if both is not None:
         return matmul(both, group.stacked(how.scratch, back=True))
     onto = None if dh_TR is None or not how.p else how.dropout(dh_TR @ group.a)
@@ -402,29 +406,27 @@ def _to_input(group: Group, grad: Tensor, both: Tensor | None, dh_TR: Tensor | N
     return add_low_rank_(dx, dh_TR, group.a.t().contiguous()[None])  # read across, it would take twice as long
 
 
-def _to_gate_and_up(
-    group: Group, grad: Tensor, both: Tensor | None, x: Tensor, how: Pass, dh_TR: Any, da: Any, left: Tensor | None
+def _through_swiglu(
+    group: Group, grad: Tensor, x: Tensor, how: Pass, dh_TR: Any, da: Any, left: Tensor | None
 ) -> tuple[Tensor, Any]:
     """(the gradient in gate and up, in their own place, since only this group reads them, and not again; a's, where
     there is one). The b's gradients of the group that made them are made on the way, if x lacks its term."""
-    made_by: Any = group.gated
+    gate_up: Any = group.gated
     x = x.detach()
     gate, up = x.chunk(2, 1)
-    made_by.b_grads = None  # of a backward pass that broke off
-    below = None if left is None else (left, made_by.even)
-    if _makes(group, dh_TR, how):
-        dx = group.product(grad, how.scratch, back=True)
-        da, made_by.b_grads = swiglu_adapted_backward(dx, gate, up, (dh_TR, group.a), below)
-        return x, da
-    dx = _to_input(group, grad, both, dh_TR, how)
-    missing = dh_TR is not None and da is None
-    _, made_by.b_grads = swiglu_adapted_backward(dx, gate, up, None, below, value=missing)
-    return x, _float32_product(torch.mm, dh_TR.t(), how.dropout(dx)) if missing else da
+    above = (dh_TR, group.a) if _makes(group, dh_TR, how) else None
+    below = None if left is None else (left, gate_up.even)
+    missing = dh_TR is not None and da is None and above is None
+    made, gate_up.b_grads = swiglu_adapted_backward(grad, gate, up, above, below, value=missing)
+    if missing:
+        made = _float32_product(torch.mm, dh_TR.t(), how.dropout(grad))
+    return x, da if made is None else made
 
 
 def _makes(group: Group, h_TR: Tensor | None, how: Pass) -> bool:
     """Whether SwiGLU's backward pass adds LoRA's term and makes a's gradient too."""
-    return h_TR is not None and not how.p and h_TR.shape[1] in RANKS and not group.shape[1] % ALIGNED
+    fits = h_TR is not None and h_TR.shape[1] in RANKS and not group.shape[1] % ALIGNED
+    return group.gated is not None and fits and not how.p
 
 
 def _scaled(x: Tensor, w: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:

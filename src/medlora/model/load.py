@@ -53,8 +53,9 @@ def load_model(resolved: Resolved, base: Base, on: torch.device | None = None) -
         kwargs |= {"quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
     elif not resolved.is_local:
         kwargs["use_safetensors"] = True  # never a pickle
-    four_bit_on_gpu = base.quantization == "nf4" and on.type == "cuda" and not resolved.gguf_file
-    if base.quantization == "nf4":
+    streams = base.quantization == "nf4" and not resolved.gguf_file
+    four_bit_on_gpu = streams and on.type == "cuda"
+    if streams:
         try:
             return _frozen(_streamed(resolved, base, dtype, on))
         except Unusual as reason:
@@ -82,7 +83,7 @@ def load_model(resolved: Resolved, base: Base, on: torch.device | None = None) -
 def _streamed(resolved: Resolved, base: Base, dtype: torch.dtype, on: torch.device) -> Any:
     if on.type == "cuda":
         return load_nf4(resolved, _bitsandbytes(base, dtype), dtype, on)
-    stored = None if resolved.gguf_file else load_config(resolved).dtype  # rounded as its files have them
+    stored = load_config(resolved).dtype  # rounded as its files have them
     if not isinstance(stored, torch.dtype):
         raise Unusual("its configuration names no dtype")
     model = load_nf4(resolved, _bitsandbytes(base, stored), stored, on).dequantize(stored)
