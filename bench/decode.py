@@ -4,8 +4,8 @@
     python bench/decode.py --settings first,1,8                      on a CPU: the embedded base
     python bench/decode.py --tiny                                    a rehearsal
 
-On a GPU without --model the base has Llama-2-7B's shape and random weights, on which speed and memory do not depend, in
-NF4; on a CPU it is the embedded one. Every side decodes greedily through an unmerged LoRA adapter, from the same random
+On a GPU without --model the base has Llama-2-7B's shape, or that of --shape, and random weights (`bases.py`), in NF4;
+on a CPU it is the embedded one. Every side decodes greedily through an unmerged LoRA adapter, from the same random
 tokens, past any end token, in a process of its own.
 
     1 ... 64   that many prompts of 20 tokens at once, 200 tokens each: tokens a second, prefill included
@@ -32,6 +32,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from bases import add_shape, build_base
 
 SIDES = ("medlora", "transformers", "unsloth")
 ADAPTERS = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}
@@ -39,19 +40,6 @@ SETTINGS = ("1", "first", "long", "8", "32", "64", "many")
 """In this order: what a large batch takes, the engine holds on to."""
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 """Prompts of one length and how many tokens each gets -> the tokens."""
-
-
-def build_base(folder: Path, *, tiny: bool) -> None:
-    """Random weights in bfloat16, saved."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "vocab_size": 512}  # fmt: skip
-    config = LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5, **(small if tiny else {}))
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cpu" if tiny else "cuda"):
-        LlamaForCausalLM(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
 
 
 def load(arguments: Any) -> Any:
@@ -258,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--model", type=Path, help="a base's folder")
+    add_shape(parser)
     parser.add_argument("--adapters", default="qv,all" if on_gpu else "all")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--sides", default=",".join(SIDES))
@@ -279,7 +268,7 @@ def main() -> None:
         return
     with TemporaryDirectory(dir="/dev/shm" if on_gpu and Path("/dev/shm").is_dir() else None) as folder:
         if not arguments.model and (on_gpu or arguments.tiny):
-            build_base(Path(folder), tiny=arguments.tiny)
+            build_base(Path(folder), arguments.shape, tiny=arguments.tiny)
             arguments.model = Path(folder)
         sides = [side for side in arguments.sides.split(",") if side != "unsloth" or find_spec("unsloth")]
         pairs = [(side, adapter) for adapter in arguments.adapters.split(",") for side in sides]

@@ -1,13 +1,13 @@
 """Training on a GPU: medlora beside TRL, TRL with Liger kernels, and Unsloth where it is installed, in one call.
 
-    python bench/train_gpu.py --data train.jsonl.gz --tokenizer FOLDER [--model FOLDER] [--out result.json]
+    python bench/train_gpu.py --data train.jsonl.gz --tokenizer FOLDER [--shape NAME] [--out result.json]
+    python bench/train_gpu.py --data train.jsonl.gz --model FOLDER ...
     python bench/train_gpu.py ... --memory      the memory plan's predictions beside measured peaks
     python bench/train_gpu.py --tiny            a rehearsal on a CPU; also with --memory
 
-Without --model the base has Llama-2-7B's exact shape and random weights, on which speed and memory do not
-depend. All sides take an NF4 base and LoRA r 64 in bfloat16 and the same rows in the same order; each runs
-in a process of its own, one after the other, and all its settings there. `--data` holds a question and an
-answer a line.
+Without --model the base has Llama-2-7B's exact shape, or that of --shape, and random weights (`bases.py`). All
+sides take an NF4 base and LoRA r 64 in bfloat16 and the same rows in the same order; each runs in a process of
+its own, one after the other, and all its settings there. `--data` holds a question and an answer a line.
 
     A  8 rows of 2048 tokens, text run together, all linear modules, no dropout
     P  the same text by medlora's packing: whole documents, so many a step that few have more tokens than A's,
@@ -44,6 +44,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from bases import add_shape, build_base
 
 SIDES = ("medlora", "trl", "liger", "unsloth")
 NEEDS = {"liger": "liger_kernel", "unsloth": "unsloth"}
@@ -87,20 +88,6 @@ PLANS: tuple[tuple[int, Any, bool, Any], ...] = (
     (2, "selective", True, "adamw_torch_fused"), (2, "offload", False, "adamw_8bit"),
     (4, "full", False, "adamw_8bit"), (8, "none", False, "paged_adamw_8bit"),
 )  # fmt: skip
-
-
-def build_base(folder: Path, tokenizer: Path | None, *, tiny: bool) -> None:
-    """Random weights in bfloat16, saved."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5, **(small if tiny else {}))
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cpu" if tiny else "cuda"):
-        LlamaForCausalLM(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
-    if tokenizer:
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
 def texts(data: Path | None) -> Iterator[str]:
@@ -392,6 +379,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="jsonl.gz with question and answer")
     parser.add_argument("--model", type=Path, help="a base's folder, tokenizer included")
     parser.add_argument("--tokenizer", type=Path, help="where no --model is given")
+    add_shape(parser)
     parser.add_argument("--settings", default="APFBLCDQ")
     parser.add_argument("--memory", action="store_true", help="predicted and measured peaks of setting A")
     parser.add_argument("--sides", default=",".join(SIDES))
@@ -411,7 +399,7 @@ def main() -> None:
         return
     with TemporaryDirectory(dir=_fast_folder()) as folder:
         if not arguments.model:
-            build_base(Path(folder), arguments.tokenizer, tiny=arguments.tiny)
+            build_base(Path(folder), arguments.shape, arguments.tokenizer, tiny=arguments.tiny)
         sides = [side for side in arguments.sides.split(",") if side not in NEEDS or find_spec(NEEDS[side])]
         sides = ["medlora"] if arguments.memory else sides
         found = {side: _run(side, arguments.model or Path(folder), arguments) for side in sides}
