@@ -1,14 +1,16 @@
 """Load a base straight into NF4 on its device, and keep the quantised weights for the next time.
 
 The model is laid out without memory (on torch's meta device). Its safetensors are then read tensor by tensor
-through one pinned buffer as large as the largest of them, copied to the device and quantised there by
-bitsandbytes: the host never holds more than that buffer, the device never a second tensor in 16 bits.
+through one pinned buffer, copied to the device and quantised there by bitsandbytes: the host never holds more than
+that buffer, the device never a second tensor in 16 bits.
 
 The result goes to MEDLORA_HOME/quantised in bitsandbytes' own serialised form, which Transformers loads too, under
 a name that tells bases, dtypes and quantisations apart. The next run reads a quarter of the bytes and
 quantises nothing. What is unusual about a base raises `Unusual`, and the caller loads it through Transformers.
 """
 
+# torch leaves split untyped
+# mypy: allow-untyped-calls
 import copy
 import hashlib
 import json
@@ -32,7 +34,8 @@ from medlora.privacy import is_offline
 DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8, "I64": torch.int64,
 }  # fmt: skip
-SHARD = "1GB"  # of the cache: what the host holds while it is written
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PIECE = 2**26  # bytes that the host holds of a tensor
 READ = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 
 
@@ -114,9 +117,12 @@ def _read_plain(model: Any, folder: Path, dtype: torch.dtype, on: torch.device) 
 
 
 def _wanted(model: Any) -> set[str]:
-    """Names of the weights that files hold: all but the tied head."""
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    return {name for name, _ in model.named_parameters()} - tied
+    """Names of the weights that files hold."""
+    return {name for name, _ in model.named_parameters()} - _tied(model)
+
+
+def _tied(model: Any) -> set[str]:
+    return {"lm_head.weight"} if model.config.tie_word_embeddings else set()
 
 
 def _set(model: Any, name: str, tensor: Tensor) -> None:
@@ -167,7 +173,10 @@ def _save(model: Any, cached: Path) -> None:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=cached.parent) as work:
             made = Path(work) / "model"
-            model.save_pretrained(made, max_shard_size=SHARD)
+            model.config.save_pretrained(made)
+            model.generation_config.save_pretrained(made)
+            tied, state = _tied(model), model.state_dict()
+            _write(made / "model.safetensors", {name: state[name] for name in state if name not in tied})
             shutil.rmtree(cached, ignore_errors=True)
             made.replace(cached)
     except OSError as error:
@@ -200,13 +209,31 @@ def _tensors(file: Path, wanted: set[str] | None, on: torch.device) -> Iterator[
     unknown = {entry["dtype"] for *_, entry in entries} - DTYPES.keys()
     if unknown:
         raise Unusual(f"{file.name} holds {min(unknown)}")
-    buffer = torch.empty(
-        max(end - start for start, end, *_ in entries), dtype=torch.uint8, pin_memory=on.type == "cuda"
-    )
+    buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=on.type == "cuda")
     with file.open("rb") as handle:
         for start, end, name, entry in sorted(entries, key=lambda e: e[0]):
             if wanted is None or name in wanted:
                 handle.seek(begin + start)
-                handle.readinto(buffer.numpy().data[: end - start])
-                tensor = buffer[: end - start].view(DTYPES[entry["dtype"]]).view(entry["shape"])
-                yield name, tensor.to(on, copy=True)
+                data = torch.empty(end - start, dtype=torch.uint8, device=on)
+                for piece in data.split(PIECE):
+                    read = buffer[: len(piece)]
+                    handle.readinto(read.numpy().data)
+                    piece.copy_(read)
+                yield name, data.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+
+
+def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file; its library would hold the largest tensor twice."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end, ordered = 0, sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned
+    for name, tensor in ordered:
+        place = [end, end + tensor.nbytes]
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        end = place[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in ordered:
+            for piece in tensor.contiguous().view(-1).view(torch.uint8).split(PIECE):
+                handle.write(piece.cpu().numpy().data)
