@@ -32,7 +32,10 @@ BLOCK = 1024  # elements a program: 8 a thread, one 16-byte access in bf16
 RANKS = (16, 32, 64)  # that the tensor cores take and registers hold
 MULTIPLE = 16  # bytes, by which descriptors count
 ROWS = 32  # of a tile, so that a multiprocessor holds the registers of two programs and more
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 2048, 528  # which fill an H100 some three times, and twice
+FORWARD_PROGRAMS = 2048  # which fill an H100 some three times
+BACKWARD_AT_ONCE = 264  # programs, on an H100
+MOST_SHARES = 16
+SUMS = 0.009  # of the time that BACKWARD_AT_ONCE programs take for T rows, that a share's sums do where T equals F
 
 
 @jit
@@ -297,7 +300,8 @@ def swiglu_adapted(gate: Tensor, up: Tensor, h: Tensor, b: Tensor, out: Tensor |
     if not use_triton(gate):
         return y.copy_(reference.swiglu(*reference.adapted(gate, up, h, b)))
     (T, F), Q, columns = gate.shape, b.shape[2], 64
-    blocks, parts, share = _shares(T, F, columns, FORWARD_PROGRAMS)
+    blocks = ceil_div(F, columns)
+    parts, share = _shares(T, max(1, FORWARD_PROGRAMS // blocks))
     _adapted_forward_kernel[(blocks, parts)](
         gate, up, h, b, y, gate.stride(0), h.stride(0), b.stride(0), b.stride(1), y.stride(0), T, F, share,
         Q=Q, ROWS=ROWS, COLUMNS=columns, num_warps=4,
@@ -335,7 +339,8 @@ def swiglu_adapted_backward(
     (T, F), columns = gate.shape, 128 // gate.element_size()  # as shared memory holds
     (dh, a), (h, b) = above or (grad, grad), below or (gate, grad[None])
     R, Q = len(a) if above else b.shape[2], b.shape[2] if below else len(a)
-    blocks, parts, share = _shares(T, F, columns, BACKWARD_PROGRAMS)
+    blocks = ceil_div(F, columns)
+    parts, share = _shares(T, _evenest(T, F, blocks))
     da = torch.empty(parts, R, F, dtype=torch.float32, device=gate.device) if above else None
     db = torch.empty(parts, 2, F, Q, dtype=torch.float32, device=gate.device) if below else None
     of = TensorDescriptor.from_tensor
@@ -348,11 +353,15 @@ def swiglu_adapted_backward(
     return None if da is None else da.sum(0), None if db is None else db.sum(0)
 
 
-def _shares(T: int, F: int, columns: int, programs: int) -> tuple[int, int, int]:
-    """(blocks of columns, shares of the rows, rows of a share)."""
-    blocks = ceil_div(F, columns)
-    share = ceil_div(ceil_div(T, max(1, programs // blocks)), ROWS) * ROWS
-    return blocks, ceil_div(T, share), share
+def _evenest(T: int, F: int, blocks: int) -> int:
+    """The number of shares by which the last programs to run leave least idle, and sums do not take long."""
+    return min(range(1, MOST_SHARES + 1), key=lambda n: ceil_div(blocks * n, BACKWARD_AT_ONCE) / n + SUMS * n * F / T)
+
+
+def _shares(T: int, wanted: int) -> tuple[int, int]:
+    """(shares of the rows, rows of a share): whole tiles."""
+    share = ceil_div(ceil_div(T, wanted), ROWS) * ROWS
+    return ceil_div(T, share), share
 
 
 def _halves(x: Tensor, columns: int) -> Any:
