@@ -74,8 +74,10 @@ def test_nf4_weights_are_dequantised_on_the_way() -> None:
                 module.weight.quant_state = module.state
         assert torch.allclose(packed(model, rows, fuse=True), expected, rtol=1e-6)
         assert_equal(gradients(model), theirs)
-        with packing(model, fuse=True, keep=True):
-            assert torch.allclose(packed_loss(model, pack(rows))[0] / pack(rows)["labelled"], expected, rtol=1e-6)
+        for kept in (1, 2):
+            with packing(model, fuse=True, kept=kept):
+                loss = packed_loss(model, pack(rows))[0] / sum(pack(rows)["labelled"])
+                assert torch.allclose(loss, expected, rtol=1e-6)
 
 
 @pytest.fixture
@@ -210,8 +212,16 @@ def test_settings_change_between_rows() -> None:
     model, batch = make(), pack(documents())
     with packing(model, fuse=True) as fused:
         losses = []
-        for keep, recompute in ((False, "none"), (True, "full"), (False, "offload"), (True, "selective")):
-            fused.change(keep, recompute)
+        for kept, recompute in (
+            (0, "none"),
+            (2, "full"),
+            (1, "none"),
+            (0, "offload"),
+            (1, "offload"),
+            (2, "selective"),
+        ):
+            fused.change(kept, recompute)
+            assert [groups[0].beside is not None for groups in fused.groups] == [kept == 2, kept > 0]
             loss = packed_loss(model, batch)[0]
             loss.backward()
             losses.append((loss.item(), {name: grad.sum().item() for name, grad in gradients(model).items()}))
@@ -247,7 +257,7 @@ def test_fp8_trains_beside_full_precision(rank: int) -> None:
     found = []
     for fp8 in (False, True):
         with packing(model, fuse=True, fp8=fp8):
-            loss = packed_loss(model, batch)[0] / batch["labelled"]
+            loss = packed_loss(model, batch)[0] / sum(batch["labelled"])
             loss.backward()
         found.append((loss.detach(), gradients(model)))
     (loss, grads), (rounded, near) = found
@@ -368,7 +378,7 @@ def test_on_a_gpu_the_kernels_give_the_float32_gradients(
 
     def step(model: Any, **how: Any) -> tuple[Tensor, dict[str, Tensor]]:
         with packing(model, True, **how):
-            loss = packed_loss(model, batch)[0] / batch["labelled"]
+            loss = packed_loss(model, batch)[0] / sum(batch["labelled"])
             loss.backward()
         return loss.detach().cpu(), {name: grad.cpu() for name, grad in gradients(model).items()}
 
@@ -378,7 +388,7 @@ def test_on_a_gpu_the_kernels_give_the_float32_gradients(
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     recompute: Any = way if way in ("selective", "full", "offload") else "none"
-    loss, grads = step(model, keep="queries" in way, recompute=recompute, fp8=way == "fp8")
+    loss, grads = step(model, kept=2 * ("queries" in way), recompute=recompute, fp8=way == "fp8")
     if way != "fp8":
         assert torch.allclose(loss, expected, rtol=1e-3)
         assert_equal(grads, theirs, within=0.03)

@@ -1,8 +1,7 @@
 """The memory plan: its counts are a real model's, its peaks those that were measured, its choice the recipe's."""
 
 from dataclasses import replace
-from itertools import pairwise
-from types import SimpleNamespace
+from itertools import chain, pairwise
 from typing import Any
 
 import pytest
@@ -11,9 +10,21 @@ from test_packed import ALL, documents, make
 
 from medlora.data.prompts import Example
 from medlora.model.packed import pack, packed_loss, packing, split
-from medlora.model.plan import FLOPS, GIB, SHAPES, Plan, Shape, Work, choose, fall_back, plans, predict, table
+from medlora.model.plan import (
+    FLOPS,
+    GIB,
+    SHAPES,
+    Plan,
+    Shape,
+    Work,
+    base_bytes,
+    choose,
+    fall_back,
+    plans,
+    predict,
+    table,
+)
 from medlora.recipe import Recipe, load_recipe
-from medlora.train.trainer import PackedTrainer
 
 LLAMA = next(shape for shape in SHAPES if shape.name == "Llama-2-7B")
 ALL_LINEAR = ("lora.target_modules=all-linear", "lora.lora_dropout=0", "lora.r=64")
@@ -62,7 +73,7 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     found = plans(LLAMA, work(*ALL_LINEAR, "training.per_device_train_batch_size=8"))
     assert [plan.seconds for plan in found] == sorted(plan.seconds for plan in found)
     chosen = [choose(found, int(gib * GIB)) for gib in (140, 70, 40, 20, 10)]
-    assert [(plan.rows, plan.recompute, plan.keep) for plan in chosen[:2]] == [(1, "none", True), (1, "none", False)]
+    assert [(plan.rows, plan.recompute, plan.kept) for plan in chosen[:2]] == [(1, "none", 32), (1, "none", 23)]
     assert choose(found, int(50 * GIB)).row_tokens > 16384 / 2 and choose(found, 140 * GIB).row_tokens == 16384
     for plan, gib in zip(chosen, (140, 70, 40, 20, 10), strict=True):
         assert plan.fits(gib * GIB)
@@ -92,11 +103,44 @@ def test_memory_left_over_holds_layers() -> None:
     for plan, capacity in zip(chosen, capacities, strict=True):
         assert plan.fits(capacity) and plan.peak_bytes + plan.row_tokens * plan.held_bytes > capacity
     everything = choose(found, 140 * GIB)
-    kept = predict(LLAMA, work(*ALL_LINEAR), 1, "none", False, "adamw_torch_fused").peak_bytes
-    assert everything.held == LLAMA.layers and "but of the last 32" in everything.describe(140 * GIB)
+    kept = predict(LLAMA, work(*ALL_LINEAR), 1, "none", True, "adamw_torch_fused").peak_bytes
+    assert everything.held == everything.kept == LLAMA.layers and "but of the last 32" in everything.describe(140 * GIB)
     assert everything.peak_bytes == pytest.approx(kept, rel=0.05)
     asked = plans(LLAMA, work(*ALL_LINEAR, "training.gradient_checkpointing=true"))
     assert choose(asked, 140 * GIB).held == 0
+
+
+@pytest.mark.parametrize("tokens", [16384, 2432])
+@pytest.mark.parametrize("fp8", ["true", "false"])
+def test_as_many_layers_are_kept_as_fit(tokens: int, fp8: str) -> None:
+    """Between none and all of them, by equal steps, and as fast as it is many."""
+    asked = work(*ALL_LINEAR, f"training.fp8={fp8}", tokens=tokens)
+    none, whole = (predict(LLAMA, asked, 1, "none", keep, "adamw_torch_fused") for keep in (False, True))
+    more = base_bytes(LLAMA, asked, "none", True) - base_bytes(LLAMA, asked, "none", False)
+    buffers = 2 * LLAMA.linear_weights - more  # for what is not kept
+    assert none.kept_bytes * LLAMA.layers == pytest.approx(
+        whole.peak_bytes + buffers - none.peak_bytes, abs=LLAMA.layers
+    )
+    assert whole.kept == LLAMA.layers and whole.keeping(10**15) == whole
+    for layers in (0, 1, 20, 32):
+        some = none.keeping(none.peak_bytes + int((layers + 0.5) * none.kept_bytes))
+        assert some.kept == layers and some.peak_bytes == none.peak_bytes + int(layers * none.kept_bytes)
+        saved = none.seconds - some.seconds
+        if tokens == 16384:  # else launching takes longer
+            assert saved == pytest.approx(layers / 32 * (none.seconds - whole.seconds))
+        assert (saved > 0) == (layers > 0)
+    chosen = choose([none, whole], none.peak_bytes + int(20.5 * none.kept_bytes))
+    assert chosen.kept == 20 and "base kept dequantised in the last 20, " in chosen.describe(10**15)
+    asked = work(*ALL_LINEAR, "training.gradient_checkpointing=true", tokens=tokens)
+    assert not any(choose(plans(LLAMA, asked), gib * GIB).kept for gib in (16, 40, 140))
+
+
+def test_a_whole_row_of_which_few_layers_are_not_kept_is_faster_than_two() -> None:
+    shape = next(shape for shape in SHAPES if shape.name == "Llama-3.1-8B")
+    step = "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1"
+    asked = Work.of(recipe(*ALL_LINEAR, *step), [Example("", [1] * 2048, [1] * 2048)] * 8)
+    chosen = choose(plans(shape, asked), int(75.5 * GIB))
+    assert chosen.rows == 1 and chosen.recompute == "none" and 20 < chosen.kept < shape.layers
 
 
 STEPS = (900, 1100, 1500, 1700, 2300, 4096)
@@ -153,8 +197,7 @@ def test_samples_of_one_length_are_cut_whole() -> None:
     asked = Work.of(recipe(*ALL_LINEAR, *one), rows)
     for cut in range(1, 9):
         plan, batch = predict(LLAMA, asked, cut, "none", False, "adamw_torch_fused"), pack(rows)
-        trainer = SimpleNamespace(plan=plan)
-        assert len(PackedTrainer._cut(trainer, batch)) <= cut
+        assert len(split(batch, plan.row_tokens)) <= cut
     short = [Example("", [1] * 100, [1] * 100)]
     assert asked.alike and not Work.of(recipe(*ALL_LINEAR, *one), [*rows[1:], *short]).alike
     assert Work.of(recipe(*ALL_LINEAR, *one), [*rows, *short]).alike  # the largest step is
@@ -170,7 +213,7 @@ def test_a_prime_number_of_samples_can_be_cut() -> None:
     samples = "training.per_device_train_batch_size=41", "training.gradient_accumulation_steps=1"
     asked = work(*ALL_LINEAR, *samples, tokens=32_000, longest=1024)
     found = choose(plans(LLAMA, asked), 76 * GIB)
-    assert (found.rows, found.recompute, found.keep) == (2, "none", True)
+    assert (found.rows, found.recompute, found.kept) == (2, "none", 32)
 
 
 def test_rows_grow_as_far_as_they_are_replayed() -> None:
@@ -186,13 +229,13 @@ def test_rows_grow_as_far_as_they_are_replayed() -> None:
 def test_nothing_is_recomputed_where_memory_is_plenty(shape: Shape) -> None:
     for tokens in (64, 2048, 16384):
         plan = choose(plans(shape, work(tokens=tokens, longest=tokens)), 140 * GIB)
-        assert (plan.rows, plan.recompute, plan.keep) == (1, "none", True)
+        assert (plan.rows, plan.recompute, plan.kept) == (1, "none", shape.layers)
 
 
 def test_the_recipe_has_the_last_word() -> None:
     assert {p.recompute for p in plans(LLAMA, work("training.gradient_checkpointing=false"))} == {"none"}
     asked = plans(LLAMA, work("training.gradient_checkpointing=true"))
-    assert {p.recompute for p in asked} == {"full", "offload"} and not any(p.keep for p in asked)
+    assert {p.recompute for p in asked} == {"full", "offload"} and not any(p.kept for p in asked)
     assert {p.optim for p in asked} == {"adamw_torch_fused"}
     assert len({p.optim for p in plans(LLAMA, work("training.optim=auto"))}) == 3
     assert {p.rows for p in asked} == {1, 2, 3, 4}
@@ -241,15 +284,18 @@ def test_the_table_grows_with_the_model() -> None:
 
 def test_split_rows_hold_the_same_documents() -> None:
     batch = pack(documents((9, 17, 5, 12)))
-    for rows in (1, 2, 3, 4, 9):
-        parts = split(batch, rows)
-        assert len(parts) == min(rows, 4)
-        assert sum(part["labelled"] for part in parts) == batch["labelled"]
-        assert sorted(i for part in parts for i in part["input_ids"][0].tolist()) == sorted(
-            batch["input_ids"][0].tolist()
-        )
-    longest = max(part["borders"][-1] for part in split(batch, 2))
-    assert longest == 22  # 17 + 5 beside 12 + 9
+
+    def held(batch: Any) -> list[tuple[list[list[int]], int]]:
+        """What each document holds of ids, labels and positions, and how many are labelled."""
+        names, spans = ("input_ids", "labels", "position_ids"), list(pairwise(batch["borders"]))
+        tokens = [[batch[name][0, i:j].tolist() for name in names] for i, j in spans]
+        return sorted(zip(tokens, batch["labelled"], strict=True))
+
+    for limit, rows in ((43, 1), (22, 2), (17, 3), (16, 4), (1, 4)):
+        parts = split(batch, limit)
+        assert len(parts) == rows
+        assert sorted(chain(*map(held, parts))) == held(batch)
+    assert [part["borders"] for part in split(batch, 22)] == [[0, 17, 22], [0, 12, 21]]
 
 
 @pytest.mark.gpu

@@ -78,19 +78,22 @@ def test_out_of_memory_down_to_more_rows(toy: Toy, tmp_path: Path, monkeypatch: 
     rows = replace(rows, row_tokens=50)
     monkeypatch.setattr("medlora.train.trainer.fall_back", lambda *_: rows)
     cut: list[int] = []
-    monkeypatch.setattr("medlora.train.trainer.split", lambda batch, n: (cut.append(n), split(batch, n))[1])
+
+    def counted(batch: Any, limit: int) -> Any:
+        found = split(batch, limit)
+        cut.append(len(found))
+        return found
+
+    monkeypatch.setattr("medlora.train.trainer.split", counted)
     runs_out(trainer, monkeypatch, {2})
     assert losses(trainer) == pytest.approx(unbroken, rel=1e-5)
     assert cut[:2] == [1, 1] and all(n > 1 for n in cut[2:])
 
 
-def test_no_row_is_longer_than_the_plan_allows(toy: Toy, tmp_path: Path) -> None:
-    trainer = trainer_of(toy(), tmp_path, one_row)
+def test_no_row_is_longer_than_the_plan_allows() -> None:
     step = pack([{"input_ids": [5] * 1024, "labels": [5] * 1024} for _ in range(4)])
     for limit, rows in ((4096, 1), (2048, 2), (1408, 4), (1024, 4)):
-        assert trainer.plan
-        trainer.plan = replace(trainer.plan, row_tokens=limit)
-        cut = trainer._cut(step)
+        cut = split(step, limit)
         assert len(cut) == rows and max(row["borders"][-1] for row in cut) <= limit
 
 

@@ -70,7 +70,7 @@ class Fused:
 
     Args:
         causal: the causal LM; its linear modules: `nn.Linear`, bitsandbytes' NF4, or PEFT LoRA over either.
-        keep: hold the weights dequantised (two bytes each, one saved launch in every pass).
+        kept: how many of the last layers hold their weights dequantised (two bytes each, one launch less a pass).
         recompute: what a layer keeps.
         held: how many of the last layers keep everything, where the others keep no more than inputs.
         fp8: products of the frozen weights in row-wise FP8.
@@ -83,13 +83,13 @@ class Fused:
     def __init__(
         self,
         causal: Any,
-        keep: bool = False,
+        kept: int = 0,
         recompute: Recompute = "none",
         fp8: bool = False,
         held: int = 0,
         replayed: Rows | None = None,
     ) -> None:
-        self.model, config, self.keep, self.fp8, self.held = causal.model, causal.config, keep, fp8, held
+        self.model, config, self.kept, self.fp8, self.held = causal.model, causal.config, kept, fp8, held
         self.replayed = replayed
         self.head: Tensor = causal.lm_head.weight
         self.recompute: Recompute = recompute
@@ -126,14 +126,16 @@ class Fused:
         self.graphs: Graphs | None = None
         needed = max(group.beside_elements for group in self.every)
         self.scratch = torch.empty(needed, dtype=self.dtype, device=self.device)
-        for group in self.every:
-            group.left = group.b_grads = None  # of a row that broke off
-            if self.keep:
-                group.keep(self.scratch)
-            else:
-                group.release()
+        first = len(self.groups) - self.kept
+        for index, groups in enumerate(self.groups):
+            for group in groups:
+                group.left = group.b_grads = None  # of a row that broke off
+                if index >= first:
+                    group.keep(self.scratch)
+                else:
+                    group.release()
         self.copies = Copies(self.masters, [copy for group in self.every for copy in group.copies])
-        if self.keep:
+        if first <= 0:
             self.scratch = self.scratch[:0].clone()
         self._place_embedding()
         able = self.device.type == "cpu" or flash_takes(self.scratch, self.heads[2])
@@ -147,9 +149,9 @@ class Fused:
         elif table.is_cuda:
             table.data = table.data.cpu().pin_memory()
 
-    def change(self, keep: bool, recompute: Recompute) -> None:
+    def change(self, kept: int, recompute: Recompute) -> None:
         """Go on with other settings from the next row on, without held layers and graphs."""
-        self.recompute, self.keep, self.held, self.replayed, self.graphs = recompute, keep, 0, None, None
+        self.recompute, self.kept, self.held, self.replayed, self.graphs = recompute, kept, 0, None, None
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self.device)  # copies may still be under way to memory that is free now

@@ -9,7 +9,7 @@ layers run and only their attention function and, on a CPU, the forward of norms
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from medlora.model.modules import Unfusable
 
 ATTENTION = "medlora_varlen"
 Batch = dict[str, Any]
+PER_TOKEN = ("input_ids", "labels", "position_ids")  # of a batch
 
 
 def unsupported(model: Any, max_length: int) -> str | None:
@@ -59,31 +60,47 @@ def _fused(model: Any, **how: Any) -> Fused | str:
 
 def pack(examples: Sequence[Example | dict[str, Any]]) -> Batch:
     """One row: input_ids, labels, position_ids [1, T] int64, the documents' borders [0, ..., T], and how many
-    tokens are labelled: the host knows it here, and would have to wait for a GPU to count them again."""
+    tokens of each are labelled: the host knows it here, and would have to wait for a GPU to count them again."""
     rows = [e if isinstance(e, dict) else {"input_ids": e.input_ids, "labels": e.labels} for e in examples]
-    borders = [0]
-    for row in rows:
-        borders.append(borders[-1] + len(row["input_ids"]))
-    labels = [i for row in rows for i in row["labels"]]
+    labels = [[IGNORE, *row["labels"][1:]] for row in rows]  # no document foretells the next one's first token
     return {
         "input_ids": torch.tensor([[i for row in rows for i in row["input_ids"]]]),
-        "labels": torch.tensor([labels]),
-        "labelled": sum(label != IGNORE for label in labels[1:]),
-        "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows])[None],
-        "borders": borders,
+        "labels": torch.tensor([[i for each in labels for i in each]]),
+        "labelled": [sum(label != IGNORE for label in each) for each in labels],
+        "position_ids": torch.cat([torch.arange(len(each)) for each in labels])[None],
+        "borders": [0, *accumulate(map(len, labels))],
     }
 
 
-def split(batch: Batch, rows: int) -> list[Batch]:
-    """A packed row's documents as `rows` packed rows of about equal length, fewer where it has fewer documents."""
-    if rows == 1:
-        return [batch]
-    ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-    documents = [{"input_ids": ids[i:j], "labels": labels[i:j]} for i, j in pairwise(batch["borders"])]
-    parts: list[list[dict[str, Any]]] = [[] for _ in range(rows)]
-    for document in sorted(documents, key=lambda d: -len(d["input_ids"])):
-        min(parts, key=lambda part: sum(len(d["input_ids"]) for d in part)).append(document)
-    return [pack(part) for part in parts if part]
+def split(batch: Batch, limit: int) -> list[Batch]:
+    """A packed row's documents as packed rows of about equal length, as few as need no more than `limit` tokens each
+    but where one document does. Does not wait for the device that the row lies on."""
+    lengths = [stop - start for start, stop in pairwise(batch["borders"])]
+    rows = -(-sum(lengths) // limit)
+    while True:
+        parts = _dealt(lengths, rows)
+        if rows >= len(lengths) or max(sum(lengths[d] for d in part) for part in parts) <= limit:
+            return [batch] if len(parts) == 1 else [_only(batch, part) for part in parts]
+        rows += 1
+
+
+def _dealt(lengths: list[int], rows: int) -> list[list[int]]:
+    """Documents by index, the longest first, each to the part that has fewest tokens; parts without any left out."""
+    parts: list[list[int]] = [[] for _ in range(rows)]
+    totals = [0] * rows
+    for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
+        least = totals.index(min(totals))
+        parts[least].append(document)
+        totals[least] += lengths[document]
+    return [part for part in parts if part]
+
+
+def _only(batch: Batch, documents: list[int]) -> Batch:
+    borders = batch["borders"]
+    spans = [slice(borders[d], borders[d + 1]) for d in documents]
+    taken = {name: torch.cat([batch[name][:, span] for span in spans], 1) for name in PER_TOKEN}
+    lengths = (span.stop - span.start for span in spans)
+    return taken | {"labelled": [batch["labelled"][d] for d in documents], "borders": [0, *accumulate(lengths)]}
 
 
 def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -102,7 +119,7 @@ def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
             use_cache=False,
             borders=batch["borders"],
         ).last_hidden_state[0, :-1]
-    hidden, count = hidden.to(head.dtype), batch["labelled"]
+    hidden, count = hidden.to(head.dtype), sum(batch["labelled"])
     if head.device.type == "cpu" and not fused:
         predicted = (target != IGNORE).nonzero()[:, 0]
         loss = cpu.linear_cross_entropy(hidden.index_select(0, predicted), head, target[predicted])

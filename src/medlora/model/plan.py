@@ -193,13 +193,17 @@ class Plan:
     row_tokens: int
     """Tokens that a row may have; a step is cut into as few as that allows."""
     recompute: Recompute
-    keep: bool
-    """The base is also kept dequantised."""
+    kept: int
+    """The last layers whose weights are also kept dequantised."""
     optim: str
     peak_bytes: int
     token_bytes: float
     """What one more token a row adds to the peak."""
     seconds: float
+    kept_bytes: float = 0.0
+    """What keeping one more layer's weights adds; 0 where that is no choice."""
+    kept_seconds: float = 0.0
+    """Of the device, that it saves."""
     held_bytes: float = 0.0
     """What holding the activations of one more layer adds, a token; 0 where that is no choice."""
     layers: int = 0
@@ -210,7 +214,7 @@ class Plan:
     """Tokens of the longest row that is replayed as a CUDA graph: all rows, or 0 for none."""
 
     def describe(self, capacity: int) -> str:
-        base = ", base kept dequantised" if self.keep else ""
+        base = f", base kept dequantised{f' in the last {self.kept}' * (self.kept < self.layers)}" * (self.kept > 0)
         rows = f"{self.rows} row{'s' * (self.rows > 1)} of up to {self.row_tokens:,} tokens a step"
         held = f" but of the last {self.held}" if self.held else ""
         graphs = ", as CUDA graphs" if self.replayed else ""
@@ -219,9 +223,9 @@ class Plan:
         return line if self.fits(capacity) else f"{line}, which may not fit"
 
     @property
-    def way(self) -> tuple[Recompute, bool, str]:
+    def way(self) -> tuple[Recompute, int, str]:
         """What does not hang on rows."""
-        return self.recompute, self.keep, self.optim
+        return self.recompute, self.kept, self.optim
 
     def fits(self, capacity: int) -> bool:
         return self.peak_bytes <= capacity
@@ -239,6 +243,14 @@ class Plan:
         held = min(self.layers, max(0, int((capacity - self.peak_bytes) / layer))) if layer else 0
         return replace(self, held=held, peak_bytes=self.peak_bytes + int(held * layer))
 
+    def keeping(self, capacity: int) -> "Plan":
+        """With as many layers' weights kept as `capacity` bytes allow."""
+        if not self.kept_bytes:
+            return self
+        more = min(self.layers - self.kept, max(0, int((capacity - self.peak_bytes) / self.kept_bytes)))
+        peak, seconds = self.peak_bytes + int(more * self.kept_bytes), self.seconds - more * self.kept_seconds
+        return replace(self, kept=self.kept + more, peak_bytes=peak, seconds=seconds)
+
     def replaying(self, capacity: int) -> "Plan":
         """With all rows as CUDA graphs, where they are worth it and `capacity` bytes allow it."""
         if not self.replay:
@@ -251,7 +263,7 @@ class Plan:
 
 
 def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> Plan:
-    """The plan of one setting."""
+    """The plan of one setting; `keep`: the base is also kept dequantised."""
     cut = max(work.longest, -(-work.tokens // rows))
     if work.alike:  # and cut whole
         cut = min(work.tokens, work.longest * -(-work.samples // rows))
@@ -259,17 +271,25 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
     documents = work.samples if rows == 1 else max(1, tokens // work.longest)
     token = _token_bytes(shape, work, recompute, documents)
+    weights = work.width * shape.linear_weights
     if not work.recipe.training.fp8:
         beside, behind = _room_bytes(shape, work, recompute)
         fixed, token = fixed + beside * keep, token + behind * (keep or work.tokens >= LONG)
+        weights += int(beside + behind * tokens * (work.tokens < LONG))
     seconds = _seconds(shape, work, rows, recompute, keep, optim)
-    # as for the base: who asks for recomputation gets it in every layer
-    free = work.on_gpu and recompute in ("full", "offload") and work.recipe.training.gradient_checkpointing is not True
-    held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute) if free else 0.0
-    peak = int(fixed + tokens * token)
+    # who asks for recomputation gets it in every layer, as for the base
+    free = work.on_gpu and work.recipe.training.gradient_checkpointing is not True
+    held = 0.0
+    if free and recompute in ("full", "offload"):
+        held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute)
+    keeps = free and not keep and work.recipe.base.quantization == "nf4"
     replayed = _seconds(shape, work, rows, recompute, keep, optim, launched=False)
-    replay = _replay(shape, work, recompute, rows, documents, replayed)
-    return Plan(rows, tokens, recompute, keep, optim, peak, token, seconds, held, shape.layers, replay=replay)
+    saved = replayed - _seconds(shape, work, rows, recompute, True, optim, launched=False)
+    return Plan(
+        rows, tokens, recompute, shape.layers * keep, optim, int(fixed + tokens * token), token, seconds,
+        keeps * weights / shape.layers, saved / shape.layers, held, shape.layers,
+        replay=_replay(shape, work, recompute, rows, documents, replayed),
+    )  # fmt: skip
 
 
 def base_bytes(shape: Shape, work: Work, recompute: Recompute, keep: bool) -> float:
@@ -483,22 +503,23 @@ def _optims(work: Work) -> tuple[str, ...]:
 
 
 def choose(found: Sequence[Plan], capacity: int) -> Plan:
-    """The fastest plan that fits `capacity` bytes, with CUDA graphs if they do too, its rows as long as they may be and
-    then its held layers as many; where none does, the smallest."""
-    fitting = [plan.replaying(capacity) for plan in found if plan.fits(capacity)]
-    if not fitting:
-        return min(found, key=lambda plan: plan.peak_bytes)
-    fastest = min(fitting, key=_rank)
-    longest = max((plan for plan in found if plan.way == fastest.way), key=lambda plan: plan.row_tokens)
+    """The fastest plan that fits `capacity` bytes, with CUDA graphs if they do too, its rows as long as they may be,
+    then its held layers as many, and then those whose weights are kept; where none does, the smallest."""
+    fitting = [_filled(plan, found, capacity) for plan in found if plan.fits(capacity)]
+    return min(fitting, key=_rank) if fitting else min(found, key=lambda plan: plan.peak_bytes)
+
+
+def _filled(plan: Plan, found: Sequence[Plan], capacity: int) -> Plan:
+    longest = max((other for other in found if other.way == plan.way), key=lambda other: other.row_tokens)
     whole = longest.fits(capacity)
-    grown = fastest.grown(capacity, longest.row_tokens if whole else longest.row_tokens - ROUND)
+    grown = plan.replaying(capacity).grown(capacity, longest.row_tokens if whole else longest.row_tokens - ROUND)
     if whole and grown.row_tokens == longest.row_tokens:  # uncut, it decides as well what is worth being captured
         grown = longest.replaying(capacity)
-    return grown.holding(capacity)
+    return grown.holding(capacity).keeping(capacity)
 
 
 def _rank(plan: Plan) -> tuple[float, int]:
-    return plan.seconds, plan.peak_bytes
+    return round(plan.seconds, 6), plan.peak_bytes
 
 
 def fall_back(found: Sequence[Plan], plan: Plan) -> Plan | None:

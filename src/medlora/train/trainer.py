@@ -113,23 +113,12 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         """Forward and backward of each row; the summed loss."""
         losses, total = [], num_items_in_batch
         if total is None:
-            total = inputs["labelled"] * self.current_gradient_accumulation_steps
-        for row in self._cut(inputs):
+            total = sum(inputs["labelled"]) * self.current_gradient_accumulation_steps
+        for row in split(inputs, self.plan.row_tokens if self.plan else inputs["borders"][-1]):
             loss = self.compute_loss(model, row, num_items_in_batch=total)
             self.accelerator.backward(loss)
             losses.append(loss.detach())
         return torch.stack(losses).sum()
-
-    def _cut(self, inputs: Batch) -> list[Batch]:
-        """As few rows as have no more tokens each than the plan allows."""
-        borders: list[int] = inputs["borders"]
-        limit = self.plan.row_tokens if self.plan else borders[-1]
-        count = -(-borders[-1] // limit)
-        rows = split(inputs, count)
-        while max(row["borders"][-1] for row in rows) > limit and len(rows) < len(borders) - 1:
-            count += 1
-            rows = split(inputs, count)
-        return rows
 
     def _fall_back(self) -> None:
         smaller = fall_back(self.engine.plans, self.plan) if self.plan else None
@@ -139,7 +128,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
                 "data.max_length or training.per_device_train_batch_size, or set training.gradient_checkpointing=auto"
             )
         self.plan = smaller
-        self.fused.change(smaller.keep, smaller.recompute)
+        self.fused.change(smaller.kept, smaller.recompute)
         sys.stderr.write(f"out of memory; going on with {smaller.describe(self.engine.capacity)}\n")
 
     def compute_loss(
@@ -185,7 +174,7 @@ def running(trainer: SFTTrainer) -> Iterator[None]:
         if plan.replay and plan.replayed:
             replayed = Rows(plan.replayed, trainer.args.per_device_train_batch_size, plan.replay.parts)
         with packing(
-            trainer.model, True, keep=plan.keep, recompute=plan.recompute, fp8=trainer.engine.fp8, held=plan.held,
+            trainer.model, True, kept=plan.kept, recompute=plan.recompute, fp8=trainer.engine.fp8, held=plan.held,
             replayed=replayed,
         ) as trainer.fused:  # fmt: skip
             yield
@@ -223,6 +212,7 @@ def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTC
         logging_nan_inf_filter=not engine.packed,  # it would have the host wait for the GPU at every step
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
+        accelerator_config={"non_blocking": not on_cpu},  # the host runs ahead of the device
         report_to=[],
         disable_tqdm=True,
         max_length=None,  # rows are already fitted
