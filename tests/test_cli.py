@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from medlora import cli
+from medlora import cli, doctor
 from medlora.cli.options import importing
 from medlora.errors import MedloraError
 from medlora.generate.answer import NOTICE
@@ -83,6 +83,21 @@ def test_doctor_reports_versions_and_what_fits(medlora: Cli) -> None:
     sizes = [entry["estimated_bytes"] for entry in report["can_train"]]
     assert sizes == sorted(sizes) and report["can_train"][0]["fits"]
     assert "Llama-2-7B" in medlora("doctor")[1]
+
+
+def test_doctor_says_where_python_compiles_anew(medlora: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = tmp_path / "torch" / "__pycache__" / "__init__.pyc"
+    assert not doctor.compiles_anew(None)
+    for forbidden in (True, False):
+        monkeypatch.setattr(sys, "dont_write_bytecode", forbidden)
+        assert doctor.compiles_anew(str(compiled)) == forbidden
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert not doctor.compiles_anew(str(compiled))
+    for anew in (True, False):
+        monkeypatch.setattr(doctor, "compiles_anew", lambda _, anew=anew: anew)
+        assert ("PYTHONPYCACHEPREFIX" in medlora("doctor")[1]) == anew
 
 
 def test_doctor_plans_a_recipe_without_training(medlora: Cli, toy: Callable[..., Any], tmp_path: Path) -> None:

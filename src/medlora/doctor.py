@@ -1,6 +1,9 @@
 """What is installed, what this machine is, which model sizes it can train, and how a recipe would run on it."""
 
+import os
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -34,8 +37,18 @@ def examine() -> dict[str, Any]:
             "folder": str(assets.home()),
             "embedded_base": (assets.home() / "models" / "SmolLM2-135M-Instruct" / "config.json").is_file(),
         },
+        "python_compiles_anew": compiles_anew(torch.__spec__.cached),
         "can_train": [{"model": shape.name, "estimated_bytes": needed, "fits": fit} for shape, needed, fit in fits],
     }
+
+
+def compiles_anew(cached: str | None) -> bool:
+    """Whether every start compiles a package whose compiled module `cached` would be: it is not there, and Python may
+    not or cannot leave it."""
+    if cached is None or Path(cached).is_file():
+        return False
+    folder = next(parent for parent in Path(cached).parents if parent.is_dir())
+    return sys.dont_write_bytecode or not os.access(folder, os.W_OK)
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -63,6 +76,12 @@ def describe(report: dict[str, Any]) -> list[str]:
     device_, cache = report["device"], report["cache"]
     lines = ["Versions"]
     lines += [f"  {name:<14} {version or 'not installed'}" for name, version in report["versions"].items()]
+    if report["python_compiles_anew"]:
+        lines += [
+            "",
+            "Python compiles its packages anew at every start, having no place to keep them; give it one:",
+            "  export PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=~/.cache/python",
+        ]
     lines += [
         "",
         f"Device: {device_['name']}, {device_['free_bytes'] / 2**30:.1f} GiB free, "
