@@ -7,6 +7,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from medlora.errors import RecipeError
@@ -14,33 +15,56 @@ from medlora.progress import Bar
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Counts real tokens, moves the bar, appends each logged step to metrics.jsonl."""
+    """Counts real tokens and seconds, moves the bar, appends each logged step to metrics.jsonl.
+
+    The host may end a step long before the GPU, and waits for it wherever it next needs a number. So the clock runs on
+    between steps, and stops, the device idle, only to save.
+    """
 
     def __init__(self, progress: Bar, metrics: Path) -> None:
         self.progress, self.metrics = progress, metrics
-        self.tokens, self.seconds, self.loss = 0, 0.0, ""
-        self._began = 0.0
+        self.tokens, self.loss = 0, ""
+        self._before = 0.0
+        self._began: float | None = None
 
     def count(self, tokens: int) -> None:
         self.tokens += tokens
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (0.0 if self._began is None else time.perf_counter() - self._began)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step:  # a resumed run
             self.progress.skip(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._began = time.perf_counter()
+        if self._began is None:
+            self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds += time.perf_counter() - self._began
-        self.progress.advance(1, f"{self.loss}{self.tokens / self.seconds:,.0f} tokens/s")
+        if control.should_save:
+            self._stop()
+        self.progress.advance(1, f"{self.loss}{self.tokens_per_second:,.0f} tokens/s")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._before, self._began = self.seconds, None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" not in logs:
             return
         self.loss = f"loss {float(logs['loss']):.3f}  "
         entry = {"step": state.global_step, **{name: _number(value) for name, value in logs.items()}}
-        entry |= {"tokens": self.tokens, "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 1)}
+        entry |= {"tokens": self.tokens, "tokens_per_second": round(self.tokens_per_second, 1)}
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -174,7 +174,7 @@ def _optimise(
             prepared.corpus.train,
             engine,
             folder / "checkpoints",
-            [watch, interrupt],
+            [interrupt, watch],  # whose clock stops to save
         )
         if recipe.training.tensorboard:
             trainer.add_callback(tensorboard(folder / "tensorboard"))
@@ -184,7 +184,7 @@ def _optimise(
     model.eval()
     record["training_seconds"] = round(record.get("training_seconds", 0) + time.monotonic() - started, 1)
     record["trained_tokens"] = record.get("trained_tokens", 0) + watch.tokens
-    record["tokens_per_second"] = round(watch.tokens / max(watch.seconds, 1e-9), 1)
+    record["tokens_per_second"] = round(watch.tokens_per_second, 1)
     record["steps"] = trainer.state.global_step
     record["peak_memory_bytes"] = _peak_memory()
     if meter.joules is not None and (checkpoint is None or "energy_joules" in record):

@@ -212,7 +212,6 @@ def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTC
         logging_nan_inf_filter=not engine.packed,  # it would have the host wait for the GPU at every step
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
-        accelerator_config={"non_blocking": not on_cpu},  # the host runs ahead of the device
         report_to=[],
         disable_tqdm=True,
         max_length=None,  # rows are already fitted
