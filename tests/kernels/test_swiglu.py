@@ -120,6 +120,24 @@ def test_adapters_gradients_on_the_way(T, F, R, Q, who, value, dtype, device, cl
             assert got.dtype == torch.float32 and (got - wanted).norm() <= bound * wanted.norm()
 
 
+@pytest.mark.parametrize(
+    ("T", "F", "took"),
+    [
+        (16384, 14336, {1: 1021, 2: 1055, 3: 1069, 5: 1093, 7: 975, 8: 1001, 13: 1111}),
+        (16384, 11008, {1: 1028, 2: 1050, 3: 727, 5: 876, 6: 755, 7: 816, 13: 849}),
+        (16384, 8192, {1: 904, 2: 526, 4: 540, 6: 563}),
+        (16384, 5632, {1: 908, 2: 515, 3: 362, 4: 536, 6: 379}),
+        (8192, 14336, {1: 528, 2: 548, 3: 563, 5: 591, 7: 537, 8: 556, 13: 632}),
+        (8192, 11008, {1: 524, 2: 542, 3: 385, 5: 471, 6: 413, 7: 448, 13: 491}),
+        (2432, 14336, {1: 179, 2: 192, 3: 209, 5: 237, 7: 230, 13: 296}),
+        (2432, 11008, {1: 175, 2: 188, 3: 148, 5: 186, 6: 175, 7: 190, 13: 235}),
+    ],
+)
+def test_shares_are_those_that_an_h100_was_fastest_by(T, F, took):
+    """Microseconds of the backward pass by the number of shares, rank 64."""
+    assert took[module._evenest(T, F, F // 64)] <= 1.03 * min(took.values())
+
+
 def test_refuses_adapters_that_do_not_fit(device):
     gate, up, dy = torch.randn(3, 5, 96, device=device).unbind()
     above, below = adapters(5, 96, 8, 8, torch.float32, device)

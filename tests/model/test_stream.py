@@ -83,10 +83,13 @@ def test_a_sharded_base_is_loaded_as_transformers_loads_it_twice(
     [{"tie_word_embeddings": True}, {"dtype": torch.float32}, {"attention_bias": True, "mlp_bias": True}],
     ids=["tied", "float32", "biases"],
 )
-def test_other_layouts(shape: dict[str, Any], tmp_path: Path) -> None:
+def test_other_layouts(shape: dict[str, Any], tmp_path: Path, cache: Path) -> None:
     folder = saved(tmp_path, "base", **shape)
     assert_same(ours(folder), theirs(folder))
     assert_same(ours(folder), theirs(folder))
+    (kept,) = cache.iterdir()
+    assert_same(theirs(kept, low_cpu_mem_usage=True), theirs(folder))
+    assert json.loads((kept / "config.json").read_text())["dtype"] == "bfloat16"
     if "tie_word_embeddings" in shape:
         model = ours(folder)
         assert model.lm_head.weight is model.model.embed_tokens.weight

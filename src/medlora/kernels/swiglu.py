@@ -19,6 +19,7 @@ Shapes: T tokens, F intermediate, R and Q ranks.
 # mypy: allow-untyped-calls
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -353,6 +354,7 @@ def swiglu_adapted_backward(
     return None if da is None else da.sum(0), None if db is None else db.sum(0)
 
 
+@cache
 def _evenest(T: int, F: int, blocks: int) -> int:
     """The number of shares by which the last programs to run leave least idle, and sums do not take long."""
     return min(range(1, MOST_SHARES + 1), key=lambda n: ceil_div(blocks * n, BACKWARD_AT_ONCE) / n + SUMS * n * F / T)
