@@ -88,9 +88,10 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], within: flo
         assert (ours[name] - expected).norm() <= within * expected.norm(), name
 
 
+@pytest.mark.parametrize("lengths", [(9, 17, 5, 12), (5, 2, 1, 9)], ids=["long", "labelled from the first token on"])
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"]], ids=["all", "qv"])
-def test_a_packed_row_equals_padded_micro_batches(targets: list[str]) -> None:
-    model, rows = make(targets), documents()
+def test_a_packed_row_equals_padded_micro_batches(targets: list[str], lengths: tuple[int, ...]) -> None:
+    model, rows = make(targets), documents(lengths)
     expected = reference(model, rows)
     theirs = gradients(model)
     assert torch.allclose(packed(model, rows), expected, rtol=1e-5)

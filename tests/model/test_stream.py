@@ -90,6 +90,11 @@ def test_other_layouts(shape: dict[str, Any], tmp_path: Path, cache: Path) -> No
     (kept,) = cache.iterdir()
     assert_same(theirs(kept, low_cpu_mem_usage=True), theirs(folder))
     assert json.loads((kept / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (kept / "generation_config.json").is_file()
+    written = stream._header(kept / "model.safetensors")[0]
+    assert ("lm_head.weight" in written) == ("tie_word_embeddings" not in shape)
+    for entry in written.values():  # as readers that map files want it
+        assert entry["data_offsets"][0] % stream.DTYPES[entry["dtype"]].itemsize == 0
     if "tie_word_embeddings" in shape:
         model = ours(folder)
         assert model.lm_head.weight is model.model.embed_tokens.weight
