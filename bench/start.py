@@ -5,7 +5,7 @@
 Each start is a process of its own and trains one step of the original script's recipe (LoRA r 64 on q and v, dropout
 0.1, batch 2, accumulation 2) on the embedded data, over the embedded base or that of --model. Shown are the seconds
 since the process was started until all is imported, until the base is on its device in NF4, and until the step is done.
-medlora's first start finds nothing that an earlier one has kept, the others do.
+medlora's first start finds no quantised base, the others do.
 """
 
 import argparse
@@ -17,11 +17,10 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-SIDES = ("medlora", "trl")
 STAGES = ("imported", "loaded", "first step")
 
 
-def ours(model: str, folder: Path) -> list[float]:
+def ours(model: str, folder: Path, _: str) -> list[float]:
     from medlora.cli.options import importing
 
     with importing():
@@ -78,6 +77,9 @@ def theirs(model: str, folder: Path, dtype: str) -> list[float]:
     return [*stages, now()]
 
 
+SIDES = {"medlora": ours, "trl": theirs}
+
+
 def now() -> float:
     """The time when the device is done."""
     import torch
@@ -109,9 +111,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         with TemporaryDirectory() as folder:
-            found = ours if arguments.side == "medlora" else theirs
-            more = [] if arguments.side == "medlora" else [arguments.dtype]
-            print(json.dumps(found(arguments.model, Path(folder), *more)))
+            print(json.dumps(SIDES[arguments.side](arguments.model, Path(folder), arguments.dtype)))
         return
 
     from medlora import assets

@@ -214,7 +214,8 @@ class Plan:
     """Tokens of the longest row that is replayed as a CUDA graph: all rows, or 0 for none."""
 
     def describe(self, capacity: int) -> str:
-        base = f", base kept dequantised{f' in the last {self.kept}' * (self.kept < self.layers)}" * (self.kept > 0)
+        some = f" in the last {self.kept}" if self.kept < self.layers else ""
+        base = f", base kept dequantised{some}" if self.kept else ""
         rows = f"{self.rows} row{'s' * (self.rows > 1)} of up to {self.row_tokens:,} tokens a step"
         held = f" but of the last {self.held}" if self.held else ""
         graphs = ", as CUDA graphs" if self.replayed else ""
