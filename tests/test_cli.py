@@ -205,7 +205,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
     from medlora.train.callbacks import Watch
 
     toy()
-    on_step_begin = Watch.on_step_begin
+    saves: list[bool] = []
+    on_step_begin, on_step_end = Watch.on_step_begin, Watch.on_step_end
+
+    def ended(self: Watch, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        saves.append(control.should_save)
+        on_step_end(self, args, state, control, **rest)
 
     def interrupted(self: Watch, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step == 1:
@@ -213,7 +218,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
         on_step_begin(self, args, state, control, **rest)
 
     monkeypatch.setattr(Watch, "on_step_begin", interrupted)
+    monkeypatch.setattr(Watch, "on_step_end", ended)
     code, _, err = medlora("train", "toy.yaml", "--output", "out")
+    assert saves == [False, True]  # its clock stops for a checkpoint that Ctrl-C asks for
     assert code == 130 and "go on with: medlora train --resume out" in err
     monkeypatch.setattr(Watch, "on_step_begin", on_step_begin)
     code, out, _ = medlora("train", "--resume", "out")

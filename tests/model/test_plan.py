@@ -114,7 +114,7 @@ def test_memory_left_over_holds_layers() -> None:
 @pytest.mark.parametrize("fp8", ["true", "false"])
 def test_as_many_layers_are_kept_as_fit(tokens: int, fp8: str) -> None:
     """Between none and all of them, by equal steps, and as fast as it is many."""
-    asked = work(*ALL_LINEAR, f"training.fp8={fp8}", tokens=tokens)
+    asked = replace(work(*ALL_LINEAR, f"training.fp8={fp8}", tokens=tokens), steps=(tokens,) * 3)
     none, whole = (predict(LLAMA, asked, 1, "none", keep, "adamw_torch_fused") for keep in (False, True))
     more = base_bytes(LLAMA, asked, "none", True) - base_bytes(LLAMA, asked, "none", False)
     buffers = 2 * LLAMA.linear_weights - more  # for what is not kept
@@ -125,11 +125,13 @@ def test_as_many_layers_are_kept_as_fit(tokens: int, fp8: str) -> None:
     for layers in (0, 1, 20, 32):
         some = none.keeping(none.peak_bytes + int((layers + 0.5) * none.kept_bytes))
         assert some.kept == layers and some.peak_bytes == none.peak_bytes + int(layers * none.kept_bytes)
-        saved = none.seconds - some.seconds
-        if tokens == 16384:  # else launching takes longer
-            assert saved == pytest.approx(layers / 32 * (none.seconds - whole.seconds))
-        assert (saved > 0) == (layers > 0)
-    chosen = choose([none, whole], none.peak_bytes + int(20.5 * none.kept_bytes))
+        assert some.seconds == pytest.approx(none.seconds + layers / 32 * (whole.seconds - none.seconds))
+    if none.replay and whole.replay:
+        replayed = none.replaying(10**15).keeping(10**15)
+        assert replayed.seconds == pytest.approx(whole.replaying(10**15).seconds) and replayed.seconds < whole.seconds
+    assert choose([none, whole], 10**12) == whole.replaying(10**12)  # without the buffer for what is not
+    launched = [replace(plan, replay=None) for plan in (none, whole)]
+    chosen = choose(launched, none.peak_bytes + int(20.5 * none.kept_bytes))
     assert chosen.kept == 20 and "base kept dequantised in the last 20, " in chosen.describe(10**15)
     asked = work(*ALL_LINEAR, "training.gradient_checkpointing=true", tokens=tokens)
     assert not any(choose(plans(LLAMA, asked), gib * GIB).kept for gib in (16, 40, 140))
@@ -141,6 +143,17 @@ def test_a_whole_row_of_which_few_layers_are_not_kept_is_faster_than_two() -> No
     asked = Work.of(recipe(*ALL_LINEAR, *step), [Example("", [1] * 2048, [1] * 2048)] * 8)
     chosen = choose(plans(shape, asked), int(75.5 * GIB))
     assert chosen.rows == 1 and chosen.recompute == "none" and 20 < chosen.kept < shape.layers
+
+
+def test_rows_do_not_grow_where_no_step_needs_fewer_of_them() -> None:
+    """And leave what they would take to weights that are kept."""
+    step = "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1"
+    rows = [Example("", [1] * 2048, [1] * 2048)] * 24
+    uniform = choose(plans(LLAMA, Work.of(recipe(*ALL_LINEAR, *step), rows)), 20 * GIB)
+    assert uniform.row_tokens == 2048 and uniform.kept > 10
+    short = [Example("", [1] * 900, [1] * 900)]
+    mixed = choose(plans(LLAMA, Work.of(recipe(*ALL_LINEAR, *step), [*rows, *short * 8])), 20 * GIB)
+    assert mixed.row_tokens > 2048
 
 
 STEPS = (900, 1100, 1500, 1700, 2300, 4096)

@@ -85,11 +85,14 @@ def test_a_sharded_base_is_loaded_as_transformers_loads_it_twice(
 )
 def test_other_layouts(shape: dict[str, Any], tmp_path: Path, cache: Path) -> None:
     folder = saved(tmp_path, "base", **shape)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
     assert_same(ours(folder), theirs(folder))
     assert_same(ours(folder), theirs(folder))
     (kept,) = cache.iterdir()
     assert_same(theirs(kept, low_cpu_mem_usage=True), theirs(folder))
-    assert json.loads((kept / "config.json").read_text())["dtype"] == "bfloat16"
+    config = json.loads((kept / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["architectures"] == ["LlamaForCausalLM"]
     assert (kept / "generation_config.json").is_file()
     written = stream._header(kept / "model.safetensors")[0]
     assert ("lm_head.weight" in written) == ("tie_word_embeddings" not in shape)

@@ -13,7 +13,7 @@ from medlora.model.adapter import add_lora
 from medlora.model.graphs import Graphs
 from medlora.model.load import load_model
 from medlora.model.packed import pack, split
-from medlora.model.plan import Plan, Replay, Shape, Work, plans
+from medlora.model.plan import Pace, Plan, Replay, Shape, Work, plans
 from medlora.recipe import load_recipe
 from medlora.train.run import prepare
 from medlora.train.trainer import Engine, PackedTrainer, choose_engine, make_trainer, running
@@ -110,7 +110,7 @@ def test_replayed_steps_are_those_launched_and_out_of_memory_among_them_ends_the
         assert trainer.plan
         smaller = trainer.plan  # another number of rows would draw other dropout
         monkeypatch.setattr("medlora.train.trainer.fall_back", lambda *_, smaller=smaller: smaller)
-        trainer.plan = replace(trainer.plan, replay=Replay(8, 0, 0, 0), replayed=trainer.plan.row_tokens)
+        trainer.plan = replace(trainer.plan, replay=Replay(8, 0, 0, Pace(0, 0)), replayed=trainer.plan.row_tokens)
         runs_out(trainer, monkeypatch, calls)
         assert losses(trainer) == pytest.approx(unbroken, rel=1e-5)
         assert replays.pop() == turns

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -142,6 +142,8 @@ class Work:
     """Tokens of some steps as they may come."""
     alike: bool = False
     """All rows of the largest step are of one length."""
+    uniform: bool = False
+    """All rows of all steps are."""
     width: int = 2
     """Bytes of the compute dtype."""
     on_gpu: bool = True
@@ -161,13 +163,23 @@ class Work:
         some = starts[:: -(-len(starts) // SOME)]
         steps = tuple(sum(lengths[i : i + samples]) for i in some)
         lengths.sort(reverse=True)
-        longest, alike = lengths[0], lengths[0] == lengths[:samples][-1]
-        return cls(recipe=recipe, tokens=sum(lengths[:samples]), longest=longest, steps=steps, alike=alike, **device)
+        longest, alike, uniform = lengths[0], lengths[0] == lengths[:samples][-1], lengths[0] == lengths[-1]
+        return cls(
+            recipe=recipe, tokens=sum(lengths[:samples]), longest=longest, steps=steps, alike=alike, uniform=uniform,
+            **device,
+        )  # fmt: skip
 
     @property
     def samples(self) -> int:
         training = self.recipe.training
         return training.per_device_train_batch_size * training.gradient_accumulation_steps
+
+
+class Pace(NamedTuple):
+    seconds: float
+    """Of the largest step."""
+    kept_seconds: float
+    """What keeping one more layer's weights saves of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +192,7 @@ class Replay:
     """Of gradients that stay, logits beside them and another stream's workspace."""
     token_bytes: float
     """Of what goes in and out, a token."""
-    seconds: float
-    """Of the largest step."""
+    pace: Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +214,11 @@ class Plan:
     kept_bytes: float = 0.0
     """What keeping one more layer's weights adds; 0 where that is no choice."""
     kept_seconds: float = 0.0
-    """Of the device, that it saves."""
+    """What that saves."""
     held_bytes: float = 0.0
     """What holding the activations of one more layer adds, a token; 0 where that is no choice."""
+    grows: bool = True
+    """Longer rows may spare some steps one."""
     layers: int = 0
     held: int = 0
     """The last layers that keep their activations all the same."""
@@ -234,7 +247,7 @@ class Plan:
     def grown(self, capacity: int, tokens: int) -> "Plan":
         """With rows as long as `capacity` bytes allow, up to `tokens`: steps smaller than the largest take fewer."""
         more = int((capacity - self.peak_bytes) / self.token_bytes) // ROUND * ROUND
-        more = max(0, min(more, tokens - self.row_tokens))
+        more = max(0, min(more, tokens - self.row_tokens)) * self.grows
         peak, replayed = self.peak_bytes + int(more * self.token_bytes), self.replayed and self.replayed + more
         return replace(self, row_tokens=self.row_tokens + more, peak_bytes=peak, replayed=replayed)
 
@@ -258,8 +271,8 @@ class Plan:
             return self
         token = self.token_bytes + self.replay.token_bytes
         peak = self.peak_bytes + int(self.replay.fixed_bytes + self.row_tokens * self.replay.token_bytes)
-        seconds = self.replay.seconds
-        found = replace(self, token_bytes=token, peak_bytes=peak, replayed=self.row_tokens, seconds=seconds)
+        pace = self.replay.pace._asdict()
+        found = replace(self, token_bytes=token, peak_bytes=peak, replayed=self.row_tokens, **pace)
         return found if found.fits(capacity) else self
 
 
@@ -277,19 +290,23 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
         beside, behind = _room_bytes(shape, work, recompute)
         fixed, token = fixed + beside * keep, token + behind * (keep or work.tokens >= LONG)
         weights += int(beside + behind * tokens * (work.tokens < LONG))
-    seconds = _seconds(shape, work, rows, recompute, keep, optim)
     # who asks for recomputation gets it in every layer, as for the base
     free = work.on_gpu and work.recipe.training.gradient_checkpointing is not True
     held = 0.0
     if free and recompute in ("full", "offload"):
         held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute)
     keeps = free and not keep and work.recipe.base.quantization == "nf4"
-    replayed = _seconds(shape, work, rows, recompute, keep, optim, launched=False)
-    saved = replayed - _seconds(shape, work, rows, recompute, True, optim, launched=False)
+
+    def pace(*, launched: bool) -> Pace:
+        """By a layer, between all and none of them: never more than some of them save."""
+        own, kept = (_seconds(shape, work, rows, recompute, all_, optim, launched=launched) for all_ in (keep, True))
+        return Pace(own, (own - kept) / shape.layers)
+
     return Plan(
-        rows, tokens, recompute, shape.layers * keep, optim, int(fixed + tokens * token), token, seconds,
-        keeps * weights / shape.layers, saved / shape.layers, held, shape.layers,
-        replay=_replay(shape, work, recompute, rows, documents, replayed),
+        rows, tokens, recompute, shape.layers * keep, optim, int(fixed + tokens * token), token,
+        kept_bytes=keeps * weights / shape.layers, held_bytes=held, grows=not work.uniform, layers=shape.layers,
+        replay=_replay(shape, work, recompute, rows, documents, pace(launched=False)),
+        **pace(launched=True)._asdict(),
     )  # fmt: skip
 
 
@@ -315,7 +332,7 @@ def resources(device: torch.device, width: int) -> dict[str, Any]:
     return found
 
 
-def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int, documents: int, seconds: float) -> Replay | None:
+def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int, documents: int, pace: Pace) -> Replay | None:
     """CUDA graphs of as many lengths as save most, if the run's steps gain more by them than capturing takes."""
     if not (work.on_gpu and work.recipe.training.cuda_graphs and work.steps):
         return None
@@ -340,7 +357,7 @@ def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int, documents
     # a graph has room for as many documents as a step, which dq needs less for where the flash kernel adds it up
     token = _token_bytes(shape, work, recompute, work.samples) - _token_bytes(shape, work, recompute, documents)
     token += 2 * work.width * (shape.hidden + shape.widths[0])
-    return Replay(parts, beside + WORKSPACE, token, seconds)
+    return Replay(parts, beside + WORKSPACE, token, pace)
 
 
 def _logits(shape: Shape, work: Work) -> int:
@@ -505,7 +522,8 @@ def _optims(work: Work) -> tuple[str, ...]:
 
 def choose(found: Sequence[Plan], capacity: int) -> Plan:
     """The fastest plan that fits `capacity` bytes, with CUDA graphs if they do too, its rows as long as they may be,
-    then its held layers as many, and then those whose weights are kept; where none does, the smallest."""
+    then its held layers as many, whose seconds are not counted, and then those whose weights are kept; where none does,
+    the smallest."""
     fitting = [_filled(plan, found, capacity) for plan in found if plan.fits(capacity)]
     return min(fitting, key=_rank) if fitting else min(found, key=lambda plan: plan.peak_bytes)
 
@@ -520,7 +538,7 @@ def _filled(plan: Plan, found: Sequence[Plan], capacity: int) -> Plan:
 
 
 def _rank(plan: Plan) -> tuple[float, int]:
-    return round(plan.seconds, 6), plan.peak_bytes
+    return plan.seconds, plan.peak_bytes
 
 
 def fall_back(found: Sequence[Plan], plan: Plan) -> Plan | None:

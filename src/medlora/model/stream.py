@@ -173,6 +173,7 @@ def _save(model: Any, cached: Path) -> None:
         cached.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=cached.parent) as work:
             made = Path(work) / "model"
+            model.config.architectures = [type(model).__name__]
             model.config.save_pretrained(made)
             model.generation_config.save_pretrained(made)
             tied, state = _tied(model), model.state_dict()
