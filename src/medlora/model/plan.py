@@ -292,14 +292,14 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
         weights += int(beside + behind * tokens * (work.tokens < LONG))
     # who asks for recomputation gets it in every layer, as for the base
     free = work.on_gpu and work.recipe.training.gradient_checkpointing is not True
-    held = 0.0
-    if free and recompute in ("full", "offload"):
-        held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute)
+    holds = free and recompute in ("full", "offload")
+    held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute) if holds else 0.0
     keeps = free and not keep and work.recipe.base.quantization == "nf4"
 
     def pace(*, launched: bool) -> Pace:
         """By a layer, between all and none of them: never more than some of them save."""
-        own, kept = (_seconds(shape, work, rows, recompute, all_, optim, launched=launched) for all_ in (keep, True))
+        own = _seconds(shape, work, rows, recompute, keep, optim, launched=launched)
+        kept = _seconds(shape, work, rows, recompute, True, optim, launched=launched) if keeps else own
         return Pace(own, (own - kept) / shape.layers)
 
     return Plan(
@@ -524,12 +524,14 @@ def choose(found: Sequence[Plan], capacity: int) -> Plan:
     """The fastest plan that fits `capacity` bytes, with CUDA graphs if they do too, its rows as long as they may be,
     then its held layers as many, whose seconds are not counted, and then those whose weights are kept; where none does,
     the smallest."""
-    fitting = [_filled(plan, found, capacity) for plan in found if plan.fits(capacity)]
+    upwards = sorted(found, key=lambda plan: (plan.row_tokens, -plan.seconds))  # of equals the fastest last
+    longest = {plan.way: plan for plan in upwards}
+    fitting = [_filled(plan, longest[plan.way], capacity) for plan in found if plan.fits(capacity)]
     return min(fitting, key=_rank) if fitting else min(found, key=lambda plan: plan.peak_bytes)
 
 
-def _filled(plan: Plan, found: Sequence[Plan], capacity: int) -> Plan:
-    longest = max((other for other in found if other.way == plan.way), key=lambda other: other.row_tokens)
+def _filled(plan: Plan, longest: Plan, capacity: int) -> Plan:
+    """`longest`: the plan that goes the same way in the fewest rows."""
     whole = longest.fits(capacity)
     grown = plan.replaying(capacity).grown(capacity, longest.row_tokens if whole else longest.row_tokens - ROUND)
     if whole and grown.row_tokens == longest.row_tokens:  # uncut, it decides as well what is worth being captured
