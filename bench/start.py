@@ -45,6 +45,7 @@ def ours(model: str, folder: Path, _: str) -> list[float]:
 
 
 def theirs(model: str, folder: Path, dtype: str) -> list[float]:
+    """Without a word of medlora, whose imports would count."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
