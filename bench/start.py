@@ -22,7 +22,9 @@ STAGES = ("imported", "loaded", "first step")
 
 def ours(model: str, folder: Path, _: str) -> list[float]:
     from medlora.cli.options import importing
+    from medlora.privacy import quiet
 
+    quiet(offline=True)
     with importing():
         from medlora.train import run
     stages = [time.time()]
