@@ -36,7 +36,7 @@ class Example:
 
     @property
     def trained(self) -> int:
-        return sum(label != IGNORE for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE)
 
 
 def prepare_tokenizer(tokenizer: Tokenizer, prompt: Prompt) -> Tokenizer:
@@ -152,16 +152,21 @@ def _example(where: str, ids: list[int], spans: list[tuple[int, int]], eos: int)
     """Train the spans up to their last end token; what a template writes after it (a newline) is never asked for."""
     labels = [IGNORE] * len(ids)
     for start, stop in spans:
-        ends = [i for i in range(start, stop) if ids[i] == eos]
-        stop = ends[-1] + 1 if ends else stop
+        stop = _after_last(eos, ids, start, stop) or stop
         labels[start:stop] = ids[start:stop]
-    last = max((i for i, label in enumerate(labels) if label == eos), default=-1)
-    if last < 0:
-        ids, labels = [*ids, eos], [*labels, eos]
+    last = _after_last(eos, labels, 0, len(ids))
+    if last:
+        ids, labels = ids[:last], labels[:last]
     else:
-        ids, labels = ids[: last + 1], labels[: last + 1]
+        ids, labels = [*ids, eos], [*labels, eos]
     labels[0] = IGNORE
     return Example(where, ids, labels)
+
+
+def _after_last(value: int, items: list[int], start: int, stop: int) -> int:
+    """The place behind the last of these values between `start` and `stop`, or 0."""
+    backwards = items[start:stop][::-1]
+    return stop - backwards.index(value) if value in backwards else 0
 
 
 @dataclass(frozen=True, slots=True)

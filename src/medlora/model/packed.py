@@ -66,7 +66,7 @@ def pack(examples: Sequence[Example | dict[str, Any]]) -> Batch:
     return {
         "input_ids": torch.tensor([[i for row in rows for i in row["input_ids"]]]),
         "labels": torch.tensor([[i for each in labels for i in each]]),
-        "labelled": [sum(label != IGNORE for label in each) for each in labels],
+        "labelled": [len(each) - each.count(IGNORE) for each in labels],
         "position_ids": torch.cat([torch.arange(len(each)) for each in labels])[None],
         "borders": [0, *accumulate(map(len, labels))],
     }
