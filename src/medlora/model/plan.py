@@ -8,13 +8,14 @@ head         one chunk of logits
 
 The peak of a step that keeps activations is at the start of its backward pass, before the adapter has gradients;
 of one that has nothing left to free (`offload`), at its end. What is predicted is what torch's allocator gives
-out. Seconds rank the settings and promise nothing: products at an H200's rate, dequantisation at its bandwidth.
+out. Seconds are those of an average step, the host's or the device's, by an H100 or H200; they rank the settings and
+promise nothing elsewhere.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -41,17 +42,19 @@ RATES = {(8, 0): 2.2e12, (9, 0): 5e12, (10, 0): 1e13, (10, 3): 1e13}
 RATE = 1e12
 ROW = 0.01  # seconds that a further row costs at least
 # Seconds of a layer's two passes: what a slow host launches them in, and more for each group of modules with adapters,
-# what the device takes however short the row, and what capturing them takes; by H100s of virtual machines. LAUNCHES:
-# how many more there are.
+# what the device takes however short the row, and what capturing them takes; by H100s of virtual machines. How much
+# longer the host takes by ways, and where it dequantises as well.
 LAUNCH, ADAPTED, KERNELS, CAPTURE = 3.2e-3, 0.6e-3, 0.6e-3, 12e-3
-LAUNCHES = {"none": 1.0, "selective": 1.3, "full": 1.5, "offload": 1.8}
-SOME = 500  # steps whose lengths are looked at
-SHORT = 1.2  # how much longer than its products a short row takes
+LAUNCHES, DEQUANTISING = {"none": 1.0, "selective": 1.2, "full": 1.2, "offload": 1.6}, 1.4
+PARTS = 2, 4, 8  # of an octave
+SOME, QUANTILES = 500, 8  # steps whose lengths are looked at, and how many stand for them
+NARROW = 900  # of the products' time, over the hidden size: all else, which moves a token's width and not its square
 READERS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))  # of one input each
 FEW = 8  # rows: as many are tried in any number, more where a step's samples divide by them
 STATE = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_32bit": 0, "paged_adamw_8bit": 0}
 """Bytes of optimizer state a weight on the device."""
-OPTIM_SECONDS = {"adamw_torch": 0.02, "adamw_8bit": 0.01, "paged_adamw_32bit": 0.1, "paged_adamw_8bit": 0.05}
+OPTIM_SECONDS = {"adamw_torch": 5e-5, "adamw_8bit": 5e-5, "paged_adamw_32bit": 2e-4, "paged_adamw_8bit": 1.2e-4}
+"""Of a step, more than the fused one's, for each matrix that is trained."""
 WORDS = {
     "none": "activations kept",
     "selective": "norms and gate-up products recomputed",
@@ -139,7 +142,7 @@ class Work:
     longest: int
     """Tokens of the longest row."""
     steps: tuple[int, ...] = ()
-    """Tokens of some steps as they may come."""
+    """Tokens of some steps as they may come, rising."""
     alike: bool = False
     """All rows of the largest step are of one length."""
     uniform: bool = False
@@ -161,7 +164,7 @@ class Work:
         lengths = [len(row.input_ids) for row in train] or [recipe.data.max_length] * samples
         starts = range(0, len(lengths), samples)
         some = starts[:: -(-len(starts) // SOME)]
-        steps = tuple(sum(lengths[i : i + samples]) for i in some)
+        steps = tuple(sorted(sum(lengths[i : i + samples]) for i in some))
         lengths.sort(reverse=True)
         longest, alike, uniform = lengths[0], lengths[0] == lengths[:samples][-1], lengths[0] == lengths[-1]
         return cls(
@@ -170,14 +173,33 @@ class Work:
         )  # fmt: skip
 
     @property
+    def quantiles(self) -> tuple[int, ...]:
+        """Of tokens in a step, evenly spaced; of the largest where no others are known."""
+        every = -(-len(self.steps) // QUANTILES)
+        return self.steps[every // 2 :: every] if self.steps else (self.tokens,)
+
+    @property
     def samples(self) -> int:
         training = self.recipe.training
         return training.per_device_train_batch_size * training.gradient_accumulation_steps
 
 
+class Lengths(NamedTuple):
+    """Of rows that are replayed."""
+
+    parts: int
+    """In an octave."""
+    captured: int
+    """In all; the longest is also run once."""
+
+    @classmethod
+    def of(cls, steps: Sequence[int], row_tokens: int, parts: int) -> "Lengths":
+        return cls(parts, len({_rounded(step, row_tokens, parts)[1] for step in steps}) + 1)
+
+
 class Pace(NamedTuple):
     seconds: float
-    """Of the largest step."""
+    """Of an average step."""
     kept_seconds: float
     """What keeping one more layer's weights saves of them."""
 
@@ -282,6 +304,7 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     if work.alike:  # and cut whole
         cut = min(work.tokens, work.longest * -(-work.samples // rows))
     tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
+    rows = -(-work.tokens // tokens)
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
     documents = work.samples if rows == 1 else max(1, tokens // work.longest)
     token = _token_bytes(shape, work, recompute, documents)
@@ -296,17 +319,16 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute) if holds else 0.0
     keeps = free and not keep and work.recipe.base.quantization == "nf4"
 
-    def pace(*, launched: bool) -> Pace:
+    def pace(graphs: Lengths | None = None) -> Pace:
         """By a layer, between all and none of them: never more than some of them save."""
-        own = _seconds(shape, work, rows, recompute, keep, optim, launched=launched)
-        kept = _seconds(shape, work, rows, recompute, True, optim, launched=launched) if keeps else own
+        own = _seconds(shape, work, tokens, recompute, keep, optim, graphs)
+        kept = _seconds(shape, work, tokens, recompute, True, optim, graphs) if keeps else own
         return Pace(own, (own - kept) / shape.layers)
 
     return Plan(
         rows, tokens, recompute, shape.layers * keep, optim, int(fixed + tokens * token), token,
         kept_bytes=keeps * weights / shape.layers, held_bytes=held, grows=not work.uniform, layers=shape.layers,
-        replay=_replay(shape, work, recompute, rows, documents, pace(launched=False)),
-        **pace(launched=True)._asdict(),
+        replay=_replay(shape, work, recompute, tokens, documents, pace), **pace()._asdict(),
     )  # fmt: skip
 
 
@@ -332,32 +354,22 @@ def resources(device: torch.device, width: int) -> dict[str, Any]:
     return found
 
 
-def _replay(shape: Shape, work: Work, recompute: Recompute, rows: int, documents: int, pace: Pace) -> Replay | None:
-    """CUDA graphs of as many lengths as save most, if the run's steps gain more by them than capturing takes."""
+def _replay(
+    shape: Shape, work: Work, recompute: Recompute, tokens: int, documents: int, pace: Callable[..., Pace]
+) -> Replay | None:
+    """CUDA graphs of as many lengths as take least, if the run's steps gain more by them than capturing takes."""
     if not (work.on_gpu and work.recipe.training.cuda_graphs and work.steps):
         return None
-    launched = _launch_seconds(shape, work, recompute)
-    passes, each_token = shape.layers * LAUNCHES[recompute], SHORT * _token_seconds(shape, work, recompute)
-
-    def device(tokens: int) -> float:
-        return passes * KERNELS + tokens * each_token
-
-    def saved(parts: int) -> float:
-        cut = [-(-tokens // rows) for tokens in work.steps]
-        replayed = [rounded(tokens, parts) for tokens in cut]
-        each = [max(launched, device(a)) - device(b) for a, b in zip(cut, replayed, strict=True)]
-        captured = len(set(replayed)) + 2  # and the longest, which is also run once
-        return work.recipe.training.max_steps * rows * mean(each) - captured * passes * CAPTURE
-
-    most, parts = max((saved(parts), parts) for parts in (2, 4, 8))
-    if most <= 0:
+    found = [pace(Lengths.of(work.steps, tokens, parts)) for parts in PARTS]
+    best, parts = min(zip(found, PARTS, strict=True))
+    if best.seconds >= pace().seconds:
         return None
     gradients, logits = 4 * _trained(shape, work), _logits(shape, work)
     beside = min(gradients, logits) if recompute == "offload" else gradients  # the larger is counted there already
     # a graph has room for as many documents as a step, which dq needs less for where the flash kernel adds it up
     token = _token_bytes(shape, work, recompute, work.samples) - _token_bytes(shape, work, recompute, documents)
     token += 2 * work.width * (shape.hidden + shape.widths[0])
-    return Replay(parts, beside + WORKSPACE, token, pace)
+    return Replay(parts, beside + WORKSPACE, token, best)
 
 
 def _logits(shape: Shape, work: Work) -> int:
@@ -459,27 +471,47 @@ def _work_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) 
 
 
 def _seconds(
-    shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str, *, launched: bool = True
+    shape: Shape,
+    work: Work,
+    row_tokens: int,
+    recompute: Recompute,
+    keep: bool,
+    optim: str,
+    graphs: Lengths | None,
 ) -> float:
+    """Of an average step, captures shared out over the run's."""
     again = _again(shape, recompute)
-    products = work.tokens * _token_seconds(shape, work, recompute) * (1.02 if recompute == "offload" else 1)
+    each = _token_seconds(shape, work, recompute) * (1.02 if recompute == "offload" else 1)
     bytes_a_weight = 6 if work.recipe.training.fp8 else 2.5
-    dequantised = 0.0 if keep else rows * (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
-    host = rows * _launch_seconds(shape, work, recompute) * (1 + 0.1 * (not keep)) if launched else 0.0
-    return max(products + dequantised, host) + rows * ROW + OPTIM_SECONDS.get(optim, 0.0)
-
-
-def _launch_seconds(shape: Shape, work: Work, recompute: Recompute) -> float:
-    """Of the host, a row."""
+    dequantised = 0.0 if keep else (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
+    ways = shape.layers * LAUNCHES[recompute] * (1 if keep else DEQUANTISING)
     targets = set(shape.targets(work.recipe.lora.target_modules))
-    adapted = sum(not targets.isdisjoint(group) for group in READERS)
-    return shape.layers * LAUNCHES[recompute] * (LAUNCH + ADAPTED * adapted)
+    seconds = OPTIM_SECONDS.get(optim, 0.0) * 2 * shape.layers * len(targets)
+    if graphs:
+        host, gap, parts = 0.0, max(ROW, shape.layers * KERNELS), graphs.parts
+        seconds += graphs.captured * ways * CAPTURE / work.recipe.training.max_steps
+    else:
+        adapted = sum(not targets.isdisjoint(group) for group in READERS)
+        host, gap, parts = ways * (LAUNCH + ADAPTED * adapted), ROW, None
+
+    def step(tokens: int) -> float:
+        rows, length = _rounded(tokens, row_tokens, parts)
+        return rows * max(length * each + dequantised + gap, host)
+
+    return seconds + fmean(map(step, work.quantiles))
+
+
+def _rounded(tokens: int, row_tokens: int, parts: int | None = None) -> tuple[int, int]:
+    """(rows, tokens of each) that a step is cut into, where they are replayed with what they are rounded up by."""
+    rows = -(-tokens // row_tokens)
+    length = -(-tokens // rows)
+    return rows, min(rounded(length, parts), row_tokens) if parts else length
 
 
 def _token_seconds(shape: Shape, work: Work, recompute: Recompute) -> float:
-    """Of the products with the frozen weights, forward and backward."""
-    rate = work.flops * (1.7 if work.recipe.training.fp8 else 1)
-    return 2 * shape.linear_weights * (2 + _again(shape, recompute)) / rate
+    """Of the device, forward and backward: products with the frozen weights, and what lies between them."""
+    products = 2 * shape.linear_weights * (2 + _again(shape, recompute)) / work.flops
+    return products / (1.7 if work.recipe.training.fp8 else 1) + products * NARROW / shape.hidden
 
 
 def _again(shape: Shape, recompute: Recompute) -> float:
