@@ -300,10 +300,7 @@ class Plan:
 
 def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: bool, optim: str) -> Plan:
     """The plan of one setting; `keep`: the base is also kept dequantised."""
-    cut = max(work.longest, -(-work.tokens // rows))
-    if work.alike:  # and cut whole
-        cut = min(work.tokens, work.longest * -(-work.samples // rows))
-    tokens = -(-cut // ROUND) * ROUND if work.on_gpu else cut
+    tokens = _row_tokens(work, rows)
     rows = -(-work.tokens // tokens)
     fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
     documents = work.samples if rows == 1 else max(1, tokens // work.longest)
@@ -330,6 +327,14 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
         kept_bytes=keeps * weights / shape.layers, held_bytes=held, grows=not work.uniform, layers=shape.layers,
         replay=_replay(shape, work, recompute, tokens, documents, pace), **pace()._asdict(),
     )  # fmt: skip
+
+
+def _row_tokens(work: Work, rows: int) -> int:
+    """Of the longest, where the largest step is cut into so many rows."""
+    cut = max(work.longest, -(-work.tokens // rows))
+    if work.alike:  # and cut whole
+        cut = min(work.tokens, work.longest * -(-work.samples // rows))
+    return -(-cut // ROUND) * ROUND if work.on_gpu else cut
 
 
 def base_bytes(shape: Shape, work: Work, recompute: Recompute, keep: bool) -> float:
@@ -535,7 +540,8 @@ def plans(shape: Shape, work: Work) -> list[Plan]:
     allowed = ways.get(training.gradient_checkpointing, ("none", "selective", "full", "offload"))
     # who asks for recomputation wants the memory: the base is then not kept
     keeps = (True, False) if "none" in allowed and work.recipe.base.quantization == "nf4" else (False,)
-    cuts = [rows for rows in range(1, work.samples + 1) if rows <= FEW or work.samples % rows == 0]
+    asked = [rows for rows in range(1, work.samples + 1) if rows <= FEW or work.samples % rows == 0]
+    cuts = {_row_tokens(work, rows): rows for rows in asked}.values()  # some of them alike
     found = [
         predict(shape, work, rows, recompute, keep, optim)
         for rows in cuts for recompute in allowed for keep in keeps for optim in _optims(work)
