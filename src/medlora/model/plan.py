@@ -124,6 +124,7 @@ class Shape:
 SHAPES = (
     Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, tied=True),
     Shape("TinyLlama-1.1B", 2048, 5632, 22, 32, 4, 32000),
+    Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256, tied=True),
     Shape("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128256, tied=True),
     Shape("Llama-2-7B", 4096, 11008, 32, 32, 32, 32000),
     Shape("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256),
