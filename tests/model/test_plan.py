@@ -69,6 +69,44 @@ def test_peaks_are_those_measured_on_an_h200(
     assert plan.peak_bytes / GIB == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("rows", "recompute", "keep", "optim", "measured"),
+    [
+        (1, "none", True, "adamw_torch_fused", {"Llama-2-7B": 73.32, "Llama-3.1-8B": 76.67}),
+        (1, "none", False, "adamw_torch_fused", {"Llama-2-7B": 61.25, "Llama-3.1-8B": 63.74}),
+        (1, "selective", False, "adamw_torch_fused", {"Llama-2-7B": 32.43, "Llama-3.1-8B": 28.62}),
+        (1, "full", False, "adamw_torch_fused", {"Llama-2-7B": 12.63, "Llama-3.1-8B": 14.63}),
+        (1, "offload", False, "adamw_torch_fused", {"Llama-2-7B": 8.31, "Llama-3.1-8B": 9.58}),
+        (2, "none", False, "adamw_torch_fused", {"Llama-2-7B": 34.33, "Llama-3.1-8B": 36.54}),
+        (2, "selective", True, "adamw_torch_fused", {"Llama-2-7B": 31.99, "Llama-3.1-8B": 31.92}),
+        (2, "offload", False, "adamw_8bit", {"Llama-2-7B": 6.69, "Llama-3.1-8B": 7.98}),
+        (4, "full", False, "adamw_8bit", {"Llama-2-7B": 7.52, "Llama-3.1-8B": 9.54}),
+        (8, "none", False, "paged_adamw_8bit", {"Llama-2-7B": 12.47, "Llama-3.1-8B": 14.59}),
+    ],
+)
+def test_peaks_are_those_measured_on_h100s(
+    rows: int, recompute: Any, keep: bool, optim: str, measured: dict[str, float]
+) -> None:
+    """What `bench/train_gpu.py --memory` found, by bench/NOTES.md."""
+    step = "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1"
+    asked = Work.of(recipe(*ALL_LINEAR, *step), [Example("", [1] * 2048, [1] * 2048)] * 16)
+    for shape in SHAPES:
+        if shape.name in measured:
+            plan = predict(shape, asked, rows, recompute, keep, optim)
+            assert plan.peak_bytes / GIB == pytest.approx(measured[shape.name], rel=0.025)
+
+
+def test_gradients_that_stay_are_counted_once() -> None:
+    """Beside a further row, or beside a graph, or both."""
+    trained = 4 * LLAMA.lora_weights(64, "all-linear")
+    asked = short(*ALL_LINEAR, "training.max_steps=100000")
+    whole, cut = (predict(LLAMA, asked, rows, "none", True, "adamw_torch_fused") for rows in (1, 2))
+    assert whole.replay is not None and cut.replay is not None
+    assert whole.replay.fixed_bytes - cut.replay.fixed_bytes == trained
+    rest = [plan.peak_bytes - plan.row_tokens * plan.token_bytes for plan in (whole, cut)]
+    assert rest[1] - rest[0] == pytest.approx(trained, rel=1e-3)
+
+
 def test_the_fastest_that_fits_is_chosen() -> None:
     found = plans(LLAMA, work(*ALL_LINEAR, "training.per_device_train_batch_size=8"))
     assert [plan.seconds for plan in found] == sorted(plan.seconds for plan in found)

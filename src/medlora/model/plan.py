@@ -6,10 +6,10 @@ adapter      float32 weight, gradient and optimizer state, and a copy in the com
 activations  what `Recompute` keeps of each layer (see `model.fused`), and what one layer has at work
 head         one chunk of logits
 
-The peak of a step that keeps activations is at the start of its backward pass, before the adapter has gradients;
-of one that has nothing left to free (`offload`), at its end. What is predicted is what torch's allocator gives
-out. Seconds are those of an average step, the host's or the device's, by an H100 or H200; they rank the settings and
-promise nothing elsewhere.
+The peak of a step that keeps activations is at the start of a backward pass, its last row's, where the adapter has only
+the gradients of rows before it; of one that has nothing left to free (`offload`), at its end. What is predicted is what
+torch's allocator gives out. Seconds are those of an average step, the host's or the device's, by an H100 or H200; they
+rank the settings and promise nothing elsewhere.
 """
 
 import math
@@ -303,7 +303,7 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     """The plan of one setting; `keep`: the base is also kept dequantised."""
     tokens = _row_tokens(work, rows)
     rows = -(-work.tokens // tokens)
-    fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim)
+    fixed = base_bytes(shape, work, recompute, keep) + _adapter_bytes(shape, work, recompute, optim, rows)
     documents = work.samples if rows == 1 else max(1, tokens // work.longest)
     token = _token_bytes(shape, work, recompute, documents)
     weights = work.width * shape.linear_weights
@@ -371,11 +371,11 @@ def _replay(
     if best.seconds >= pace().seconds:
         return None
     gradients, logits = 4 * _trained(shape, work), _logits(shape, work)
-    beside = min(gradients, logits) if recompute == "offload" else gradients  # the larger is counted there already
+    counted = max(0, gradients - logits) if recompute == "offload" else gradients * (tokens < work.tokens)
     # a graph has room for as many documents as a step, which dq needs less for where the flash kernel adds it up
     token = _token_bytes(shape, work, recompute, work.samples) - _token_bytes(shape, work, recompute, documents)
     token += 2 * work.width * (shape.hidden + shape.widths[0])
-    return Replay(parts, beside + WORKSPACE, token, best)
+    return Replay(parts, gradients - counted + WORKSPACE, token, best)
 
 
 def _logits(shape: Shape, work: Work) -> int:
@@ -387,12 +387,13 @@ def _trained(shape: Shape, work: Work) -> int:
     return shape.lora_weights(work.recipe.lora.r, work.recipe.lora.target_modules)
 
 
-def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str) -> float:
+def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str, rows: int) -> float:
     """Bytes of what is trained and how, and of a chunk of logits."""
     trained, logits = _trained(shape, work), _logits(shape, work)
     copies = work.width if work.on_gpu else 0
-    # at the end of such a step, where its peak is, all gradients are there, and no logits
-    late = max(4 * trained, logits) if recompute == "offload" else logits
+    # at the end of such a step, where its peak is, all gradients are there, and no logits; of others a further row
+    # begins with the gradients of those before it
+    late = max(4 * trained, logits) if recompute == "offload" else logits + 4 * trained * (rows > 1)
     return trained * (4 + STATE[optim] + copies) + late
 
 
