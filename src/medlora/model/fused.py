@@ -91,6 +91,8 @@ class Fused:
     ) -> None:
         self.model, config, self.kept, self.fp8, self.held = causal.model, causal.config, kept, fp8, held
         self.replayed = replayed
+        self.replays = True
+        """Whether it is time for graphs: what they hold stays taken."""
         self.head: Tensor = causal.lm_head.weight
         self.recompute: Recompute = recompute
         self.dtype: torch.dtype = self.model.embed_tokens.weight.dtype
@@ -170,7 +172,7 @@ class Fused:
             self._plan()
         self._place_embedding()  # accelerate brings a base without 4-bit weights back whole
         T = input_ids.shape[1]
-        graphs = self.graphs if torch.is_grad_enabled() and self.model.training else None
+        graphs = self.graphs if self.replays and torch.is_grad_enabled() and self.model.training else None
         if graphs and not graphs.takes(T, len(borders) - 1):
             graphs = None
         whole = -(-T // ROUND) * ROUND

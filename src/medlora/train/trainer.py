@@ -99,6 +99,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         """
         if not model.training:
             model.train()
+        if self.fused:  # graphs would take what the optimizer's state needs, which is not there before its first step
+            self.fused.replays = bool(self.optimizer.state)
         while True:
             draws = torch.get_rng_state()
             try:
