@@ -78,15 +78,12 @@ class Graphs:
 
     def __init__(self, stack: Callable[[Tensor, Row], Tensor], groups: Sequence[Group], rows: Rows) -> None:
         self.stack, self.groups, self.rows = stack, groups, rows
-        self.masters = masters = [master for group in groups for master in group.masters]
+        self.masters = [master for group in groups for master in group.masters]
         self.ready: dict[int, Captured] = {}
         self.turn = 0
-        device = masters[0].device
+        device = self.masters[0].device
         self.aside: Any = _side_stream(device) if device.type == "cuda" else None
         self.room: list[Tensor] | None = [] if self.aside else None
-        flat = torch.zeros(sum(master.numel() for master in masters), device=device)
-        self.flat_grads, parts = flat, flat.split([master.numel() for master in masters])
-        self.grads = [part.view_as(master) for part, master in zip(parts, masters, strict=True)]
 
     def takes(self, tokens: int, documents: int) -> bool:
         """Whether a row of so many is replayed."""
@@ -117,6 +114,10 @@ class Graphs:
         """Buffers for rows of every length, and the longest captured after it has been run once: kernels are compiled
         and libraries allocate then."""
         documents, n = row.documents, self.rows.tokens
+        sizes = [master.numel() for master in self.masters]
+        self.flat_grads = torch.zeros(sum(sizes), device=x.device)
+        parts = self.flat_grads.split(sizes)
+        self.grads = [part.view_as(master) for part, master in zip(parts, self.masters, strict=True)]
         self.x, self.hidden = (x.new_zeros(n, x.shape[1]) for _ in range(2))  # the latter's gradient takes its place
         self.cos, self.sin = (t.new_zeros(n, t.shape[1]) for t in (documents.cos, documents.sin))
         self.starts, self.seed = documents.starts.clone(), row.seed.clone()
