@@ -28,6 +28,8 @@ from medlora.recipe import Recipe, load_recipe
 
 LLAMA = next(shape for shape in SHAPES if shape.name == "Llama-2-7B")
 ALL_LINEAR = ("lora.target_modules=all-linear", "lora.lora_dropout=0", "lora.r=64")
+EIGHT = (*ALL_LINEAR, "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1")
+FULL = Example("", [1] * 2048, [1] * 2048)
 
 
 def recipe(*overrides: str) -> Recipe:
@@ -88,8 +90,7 @@ def test_peaks_are_those_measured_on_h100s(
     rows: int, recompute: Any, keep: bool, optim: str, measured: dict[str, float]
 ) -> None:
     """What `bench/train_gpu.py --memory` found, by bench/NOTES.md."""
-    step = "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1"
-    asked = Work.of(recipe(*ALL_LINEAR, *step), [Example("", [1] * 2048, [1] * 2048)] * 16)
+    asked = Work.of(recipe(*EIGHT), [FULL] * 16)
     for shape in SHAPES:
         if shape.name in measured:
             plan = predict(shape, asked, rows, recompute, keep, optim)
@@ -177,20 +178,18 @@ def test_as_many_layers_are_kept_as_fit(tokens: int, fp8: str) -> None:
 
 def test_a_whole_row_of_which_few_layers_are_not_kept_is_faster_than_two() -> None:
     shape = next(shape for shape in SHAPES if shape.name == "Llama-3.1-8B")
-    step = "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1"
-    asked = Work.of(recipe(*ALL_LINEAR, *step), [Example("", [1] * 2048, [1] * 2048)] * 8)
+    asked = Work.of(recipe(*EIGHT), [FULL] * 8)
     chosen = choose(plans(shape, asked), int(75.5 * GIB))
     assert chosen.rows == 1 and chosen.recompute == "none" and 20 < chosen.kept < shape.layers
 
 
 def test_rows_do_not_grow_where_no_step_needs_fewer_of_them() -> None:
     """And leave what they would take to weights that are kept."""
-    step = "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1"
-    rows = [Example("", [1] * 2048, [1] * 2048)] * 24
-    uniform = choose(plans(LLAMA, Work.of(recipe(*ALL_LINEAR, *step), rows)), 24 * GIB)
+    rows = [FULL] * 24
+    uniform = choose(plans(LLAMA, Work.of(recipe(*EIGHT), rows)), 24 * GIB)
     assert uniform.row_tokens == 4096 and uniform.kept > 5
     short = [Example("", [1] * 900, [1] * 900)]
-    mixed = choose(plans(LLAMA, Work.of(recipe(*ALL_LINEAR, *step), [*rows, *short * 8])), 24 * GIB)
+    mixed = choose(plans(LLAMA, Work.of(recipe(*EIGHT), [*rows, *short * 8])), 24 * GIB)
     assert mixed.row_tokens > 4096
 
 
@@ -206,8 +205,7 @@ def test_seconds_are_those_of_an_average_step() -> None:
 
 def test_a_narrow_model_is_no_faster_than_what_lies_between_its_products() -> None:
     """So that no long row of it is cut and replayed, though launched it keeps a device busy."""
-    step = "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1"
-    asked = Work.of(recipe(*ALL_LINEAR, *step), [Example("", [1] * 2048, [1] * 2048)] * 800)
+    asked = Work.of(recipe(*EIGHT), [FULL] * 800)
     chosen = choose(plans(SHAPES[1], asked), 75 * GIB)
     assert (chosen.rows, chosen.recompute, chosen.kept, chosen.replayed) == (1, "none", SHAPES[1].layers, 0)
 
@@ -261,7 +259,7 @@ def test_tiles_need_no_gradient_in_float32() -> None:
 
 
 def test_samples_of_one_length_are_cut_whole() -> None:
-    rows = [Example("", [1] * 2048, [1] * 2048)] * 41
+    rows = [FULL] * 41
     one = "training.per_device_train_batch_size=41", "training.gradient_accumulation_steps=1"
     asked = Work.of(recipe(*ALL_LINEAR, *one), rows)
     for cut in range(1, 9):
@@ -323,8 +321,7 @@ def test_the_host_waits_longer_for_what_it_launches_more_of() -> None:
 
 
 def test_no_plan_stands_there_twice() -> None:
-    step = "training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1"
-    found = plans(LLAMA, Work.of(recipe(*ALL_LINEAR, *step), [Example("", [1] * 2048, [1] * 2048)] * 8))
+    found = plans(LLAMA, Work.of(recipe(*EIGHT), [FULL] * 8))
     assert len({(plan.row_tokens, plan.way) for plan in found}) == len(found)
 
 

@@ -56,6 +56,10 @@ def one_row(plan: Plan) -> bool:
     return plan.rows == 1 and plan.recompute == "none"
 
 
+def replayed(plan: Plan) -> Plan:
+    return replace(plan, replay=Replay(8, 0, 0, Pace(0, 0)), replayed=plan.row_tokens)
+
+
 def test_out_of_memory_goes_on_without_losing_the_step(
     toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,7 +114,7 @@ def test_replayed_steps_are_those_launched_and_out_of_memory_among_them_ends_the
         assert trainer.plan
         smaller = trainer.plan  # another number of rows would draw other dropout
         monkeypatch.setattr("medlora.train.trainer.fall_back", lambda *_, smaller=smaller: smaller)
-        trainer.plan = replace(trainer.plan, replay=Replay(8, 0, 0, Pace(0, 0)), replayed=trainer.plan.row_tokens)
+        trainer.plan = replayed(trainer.plan)
         runs_out(trainer, monkeypatch, calls)
         assert losses(trainer) == pytest.approx(unbroken, rel=1e-5)
         assert replays == list(range(1, turns + 1))
@@ -125,7 +129,7 @@ def test_a_resumed_run_replays_at_once(toy: Toy, tmp_path: Path, monkeypatch: py
     for checkpoint, expected in (None, [1, 2, 3]), (str(tmp_path / "checkpoint-2"), [2, 3]):
         trainer = trainer_of(recipe, tmp_path, one_row)
         assert trainer.plan
-        trainer.plan = replace(trainer.plan, replay=Replay(8, 0, 0, Pace(0, 0)), replayed=trainer.plan.row_tokens)
+        trainer.plan = replayed(trainer.plan)
 
         def counting(graphs: Graphs, trainer: PackedTrainer = trainer) -> None:
             steps.append(trainer.state.global_step)

@@ -15,6 +15,7 @@ rank the settings and promise nothing elsewhere.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -193,10 +194,6 @@ class Lengths(NamedTuple):
     captured: int
     """In all; the longest is also run once."""
 
-    @classmethod
-    def of(cls, steps: Sequence[int], row_tokens: int, parts: int) -> "Lengths":
-        return cls(parts, len({_rounded(step, row_tokens, parts)[1] for step in steps}) + 1)
-
 
 class Pace(NamedTuple):
     seconds: float
@@ -317,16 +314,17 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     held = _layer_bytes(shape, work, "none") - _layer_bytes(shape, work, recompute) if holds else 0.0
     keeps = free and not keep and work.recipe.base.quantization == "nf4"
 
-    def pace(graphs: Lengths | None = None) -> Pace:
+    def pace(graphs: Lengths | None) -> Pace:
         """By a layer, between all and none of them: never more than some of them save."""
         own = _seconds(shape, work, tokens, recompute, keep, optim, graphs)
         kept = _seconds(shape, work, tokens, recompute, True, optim, graphs) if keeps else own
         return Pace(own, (own - kept) / shape.layers)
 
+    launched = pace(None)
     return Plan(
         rows, tokens, recompute, shape.layers * keep, optim, int(fixed + tokens * token), token,
         kept_bytes=keeps * weights / shape.layers, held_bytes=held, grows=not work.uniform, layers=shape.layers,
-        replay=_replay(shape, work, recompute, tokens, documents, pace), **pace()._asdict(),
+        replay=_replay(shape, work, recompute, tokens, documents, launched, pace), **launched._asdict(),
     )  # fmt: skip
 
 
@@ -361,14 +359,19 @@ def resources(device: torch.device, width: int) -> dict[str, Any]:
 
 
 def _replay(
-    shape: Shape, work: Work, recompute: Recompute, tokens: int, documents: int, pace: Callable[..., Pace]
+    shape: Shape,
+    work: Work,
+    recompute: Recompute,
+    tokens: int,
+    documents: int,
+    launched: Pace,
+    pace: Callable[[Lengths], Pace],
 ) -> Replay | None:
     """CUDA graphs of as many lengths as take least, if the run's steps gain more by them than capturing takes."""
     if not (work.on_gpu and work.recipe.training.cuda_graphs and work.steps):
         return None
-    found = [pace(Lengths.of(work.steps, tokens, parts)) for parts in PARTS]
-    best, parts = min(zip(found, PARTS, strict=True))
-    if best.seconds >= pace().seconds:
+    best, parts = min((pace(_lengths(work.steps, tokens, parts)), parts) for parts in PARTS)
+    if best.seconds >= launched.seconds:
         return None
     gradients, logits = 4 * _trained(shape, work), _logits(shape, work)
     counted = max(0, gradients - logits) if recompute == "offload" else gradients * (tokens < work.tokens)
@@ -376,6 +379,11 @@ def _replay(
     token = _token_bytes(shape, work, recompute, work.samples) - _token_bytes(shape, work, recompute, documents)
     token += 2 * work.width * (shape.hidden + shape.widths[0])
     return Replay(parts, gradients - counted + WORKSPACE, token, best)
+
+
+@cache
+def _lengths(steps: tuple[int, ...], row_tokens: int, parts: int) -> Lengths:
+    return Lengths(parts, len({_rounded(step, row_tokens, parts)[1] for step in steps}) + 1)
 
 
 def _logits(shape: Shape, work: Work) -> int:
@@ -486,9 +494,12 @@ def _seconds(
     optim: str,
     graphs: Lengths | None,
 ) -> float:
-    """Of an average step, captures shared out over the run's."""
+    """Of an average step, captures shared out over the run's; the device's are of products with the frozen weights and of
+    what lies between them."""
     again = _again(shape, recompute)
-    each = _token_seconds(shape, work, recompute) * (1.02 if recompute == "offload" else 1)
+    products = 2 * shape.linear_weights * (2 + again) / work.flops
+    each = products / (1.7 if work.recipe.training.fp8 else 1) + products * NARROW / shape.hidden
+    each *= 1.02 if recompute == "offload" else 1
     bytes_a_weight = 6 if work.recipe.training.fp8 else 2.5
     dequantised = 0.0 if keep else (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
     ways = shape.layers * LAUNCHES[recompute] * (1 if keep else DEQUANTISING)
@@ -513,12 +524,6 @@ def _rounded(tokens: int, row_tokens: int, parts: int | None = None) -> tuple[in
     rows = -(-tokens // row_tokens)
     length = -(-tokens // rows)
     return rows, min(rounded(length, parts), row_tokens) if parts else length
-
-
-def _token_seconds(shape: Shape, work: Work, recompute: Recompute) -> float:
-    """Of the device, forward and backward: products with the frozen weights, and what lies between them."""
-    products = 2 * shape.linear_weights * (2 + _again(shape, recompute)) / work.flops
-    return products / (1.7 if work.recipe.training.fp8 else 1) + products * NARROW / shape.hidden
 
 
 def _again(shape: Shape, recompute: Recompute) -> float:
