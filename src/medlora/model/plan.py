@@ -494,8 +494,8 @@ def _seconds(
     optim: str,
     graphs: Lengths | None,
 ) -> float:
-    """Of an average step, captures shared out over the run's; the device's are of products with the frozen weights and of
-    what lies between them."""
+    """Of an average step, captures shared out over the run's; the device's are of products with the frozen weights and
+    of what lies between them."""
     again = _again(shape, recompute)
     products = 2 * shape.linear_weights * (2 + again) / work.flops
     each = products / (1.7 if work.recipe.training.fp8 else 1) + products * NARROW / shape.hidden
