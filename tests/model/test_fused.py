@@ -1,5 +1,6 @@
 """The fused layers: on a CPU through the kernels' references in float32, on a GPU through the kernels."""
 
+import gc
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from test_packed import ALL, assert_equal, documents, gradients, make, packed, reference
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from medlora.kernels import attention, cross_entropy, dropout, embedding, rms_norm, swiglu
 from medlora.kernels import reference as plain
@@ -145,6 +147,31 @@ def test_rows_of_one_step_keep_their_inputs_apart() -> None:
         for loss in losses:
             loss.backward()
     assert_equal(gradients(model), expected)
+
+
+@pytest.mark.parametrize("way", ["none", "selective", "full", "offload"])
+def test_a_row_that_breaks_off_holds_nothing(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until garbage is looked for: the smaller plan that goes on needs the memory."""
+    made: list[StorageWeakRef] = []
+    forward = Group.forward
+
+    def noted(self: Group, *args: Any) -> Any:
+        found = forward(self, *args)
+        made.extend(StorageWeakRef(x.untyped_storage()) for x in found if x is not None)
+        return found
+
+    monkeypatch.setattr(Group, "forward", noted)
+    model = make(lora={"r": 16})
+    gc.collect()
+    gc.disable()
+    try:
+        with packing(model, fuse=True, recompute=way):
+            loss = packed_loss(model, pack(documents()))[0]
+            assert not all(x.expired() for x in made)
+            del loss
+            assert all(x.expired() for x in made)
+    finally:
+        gc.enable()
 
 
 def saved_bytes(model: Any, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -186,9 +186,9 @@ class Fused:
         if graphs:
             try:
                 return graphs(x, row)
-            except Uncapturable as reason:
+            except Uncapturable as reason:  # which holds the capture's memory for as long as it is handled
                 sys.stderr.write(f"no CUDA graphs: {reason}; going on without\n")
-                self.graphs = None
+            self.graphs = graphs = None
         return self._stack(x, row)
 
     def _stack(self, x: Tensor, row: Row) -> Tensor:
@@ -272,14 +272,16 @@ class Fused:
         cheap = _Cheap()
         with saved_tensors_hooks(cheap.pack, cheap.unpack):
             y, first = _norm(x, residual, layer.input_layernorm, qkv.room)
-            cheap.add(y, lambda: _norm(first.detach(), None, layer.input_layernorm)[0])
+            before = first.detach()  # what hangs on a node that hangs on `cheap` would hold itself
+            cheap.add(y, lambda: _norm(before, None, layer.input_layernorm)[0])
             qkv_TN, scaling = qkv(y, self._pass(row, index, 0, lean=True)), layer.self_attn.scaling
             heads = attention(qkv_TN, row.documents, self.heads, scaling, o.room)
             added = o(heads, self._pass(row, index, 1, lean=True))
             y, h = _norm(added, first, layer.post_attention_layernorm, gate_up.room)
+            between = h.detach()
 
             def normed() -> Tensor:
-                return _norm(h.detach(), None, layer.post_attention_layernorm, gate_up.room)[0]
+                return _norm(between, None, layer.post_attention_layernorm, gate_up.room)[0]
 
             how = self._pass(row, index, 2, lean=True)
             cheap.add(y, normed)
@@ -298,7 +300,7 @@ class _Cheap:
         self.makers[x.data_ptr(), x.shape] = make
 
     def pack(self, x: Tensor) -> Tensor | Callable[[], Tensor]:
-        return self.makers.get((x.data_ptr(), x.shape), x)
+        return self.makers.get((x.data_ptr(), x.shape), x.detach())  # an output would hold the node that saves it
 
     @torch.no_grad()
     def unpack(self, kept: Tensor | Callable[[], Tensor]) -> Tensor:
