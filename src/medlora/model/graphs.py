@@ -128,7 +128,6 @@ class Graphs:
         leaves = self._leaves()
         with self._aside():
             self._backward(n, leaves, *self._forward(n, leaves))
-        torch.cuda.empty_cache()  # what it held goes to the pool
         self.pool = torch.cuda.graph_pool_handle()
         self.ready[n] = self._capture(n)
 
@@ -188,6 +187,7 @@ class Graphs:
             return Captured(
                 lambda: last.append(self._forward(T, leaves)), lambda: self._backward(T, leaves, *last.pop())
             )
+        torch.cuda.empty_cache()  # a capture that runs short cannot free what is cached beside its pool
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with self._aside():
             with self._captured(forward):

@@ -34,7 +34,7 @@ from medlora.recipe import Recipe
 GIB = 2**30
 CHUNK = 1024  # rows of logits at once
 WORKSPACE = 2**25  # bytes that cuBLAS takes on Hopper for each stream of a thread: of ours, and autograd's
-SLACK = 1.04  # what the allocator holds beyond what it has given out
+SLACK, ROOM = 1.04, 2**29  # what the allocator holds beyond what it has given out, and bytes of that at least
 PROCESS = 0.7e9  # the interpreter and its libraries, which share a CPU's memory
 FLOPS, BANDWIDTH = 6.5e14, 3.4e12  # of products, and bytes a second
 MULTIPROCESSORS = 132  # of an H100 or H200
@@ -42,10 +42,10 @@ RATES = {(8, 0): 2.2e12, (9, 0): 5e12, (10, 0): 1e13, (10, 3): 1e13}
 """Products a second of one multiprocessor, by compute capability; elsewhere, on cards for workstations, `RATE`."""
 RATE = 1e12
 ROW = 0.01  # seconds that a further row costs at least
-# Seconds of a layer's two passes: what a slow host launches them in, and more for each group of modules with adapters,
-# what the device takes however short the row, and what capturing them takes; by H100s of virtual machines. How much
-# longer the host takes by ways, and where it dequantises as well.
-LAUNCH, ADAPTED, KERNELS, CAPTURE = 3.2e-3, 0.6e-3, 0.6e-3, 12e-3
+# Seconds of a layer's two passes: what a slow host launches or captures them in, and more for each group of modules
+# with adapters, and what the device takes however short the row; by H100s of virtual machines. How much longer the host
+# takes by ways, and where it dequantises as well.
+LAUNCH, ADAPTED, KERNELS = 3.2e-3, 0.6e-3, 0.6e-3
 LAUNCHES, DEQUANTISING = {"none": 1.0, "selective": 1.2, "full": 1.2, "offload": 1.6}, 1.4
 PARTS = 2, 4, 8  # of an octave
 SOME, QUANTILES = 500, 8  # steps whose lengths are looked at, and how many stand for them
@@ -209,7 +209,7 @@ class Replay:
     parts: int
     """Lengths in an octave."""
     fixed_bytes: float
-    """Of gradients that stay, logits beside them and another stream's workspace."""
+    """Of gradients that stay, logits beside them and another stream's workspaces."""
     token_bytes: float
     """Of what goes in and out, a token."""
     pace: Pace
@@ -377,8 +377,9 @@ def _replay(
     counted = max(0, gradients - logits) if recompute == "offload" else gradients * (tokens < work.tokens)
     # a graph has room for as many documents as a step, which dq needs less for where the flash kernel adds it up
     token = _token_bytes(shape, work, recompute, work.samples) - _token_bytes(shape, work, recompute, documents)
-    token += 2 * work.width * (shape.hidden + shape.widths[0])
-    return Replay(parts, gradients - counted + WORKSPACE, token, best)
+    # in and out, and beside the pool a row that comes and the gradient of what went
+    token += 2 * work.width * (2 * shape.hidden + shape.widths[0])
+    return Replay(parts, gradients - counted + 2 * WORKSPACE, token, best)
 
 
 @cache
@@ -504,13 +505,12 @@ def _seconds(
     dequantised = 0.0 if keep else (2 + again) * shape.linear_weights * bytes_a_weight / BANDWIDTH
     ways = shape.layers * LAUNCHES[recompute] * (1 if keep else DEQUANTISING)
     targets = set(shape.targets(work.recipe.lora.target_modules))
+    adapted = sum(not targets.isdisjoint(group) for group in READERS)
+    host, gap, parts = ways * (LAUNCH + ADAPTED * adapted), ROW, None
     seconds = OPTIM_SECONDS.get(optim, 0.0) * 2 * shape.layers * len(targets)
     if graphs:
+        seconds += graphs.captured * host / work.recipe.training.max_steps
         host, gap, parts = 0.0, max(ROW, shape.layers * KERNELS), graphs.parts
-        seconds += graphs.captured * ways * CAPTURE / work.recipe.training.max_steps
-    else:
-        adapted = sum(not targets.isdisjoint(group) for group in READERS)
-        host, gap, parts = ways * (LAUNCH + ADAPTED * adapted), ROW, None
 
     def step(tokens: int) -> float:
         rows, length = _rounded(tokens, row_tokens, parts)
@@ -600,7 +600,7 @@ def fall_back(found: Sequence[Plan], plan: Plan) -> Plan | None:
 def capacity_of(recipe: Recipe, free: int) -> int:
     """Bytes that a plan may take of `free` ones: less what the allocator holds beyond what it has given out, and no
     more than the recipe allows."""
-    return int(min(free / SLACK, (recipe.training.max_memory or math.inf) * GIB))
+    return int(min(free / SLACK, max(0, free - ROOM), (recipe.training.max_memory or math.inf) * GIB))
 
 
 def table(capacity: int, *, width: int, on_gpu: bool) -> list[tuple[Shape, int, bool]]:
