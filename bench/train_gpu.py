@@ -3,6 +3,7 @@
     python bench/train_gpu.py --data train.jsonl.gz --tokenizer FOLDER [--shape NAME] [--out result.json]
     python bench/train_gpu.py --data train.jsonl.gz --model FOLDER ...
     python bench/train_gpu.py ... --memory      the memory plan's predictions beside measured peaks
+    python bench/train_gpu.py ... --card 8      as if the card had 8 GiB, and peers as for L
     python bench/train_gpu.py --tiny            a rehearsal on a CPU; also with --memory
 
 Without --model the base has Llama-2-7B's exact shape, or that of --shape, and random weights (`bases.py`). All
@@ -21,7 +22,8 @@ its own, one after the other, and all its settings there. `--data` holds a quest
 
 Reported are medians over synchronised optimizer steps, the first third left out, of real (not padding)
 tokens a second and seconds, then tokens a second of all steps, compilation and capture among them, with the
-peak of allocated memory, the mean power of those steps by the GPU's own counter of energy, and the mean loss.
+peak of allocated memory, and of what torch had reserved for it, the mean power of those steps by the GPU's own
+counter of energy, and the mean loss.
 C, D and Q train the original script's 100 steps, whatever `--steps` says: whether medlora replays them as CUDA
 graphs hangs on how many there are.
 """
@@ -45,6 +47,8 @@ from typing import Any
 
 import torch
 from bases import add_shape, build_base
+
+from medlora.errors import ModelError
 
 SIDES = ("medlora", "trl", "liger", "unsloth")
 NEEDS = {"liger": "liger_kernel", "unsloth": "unsloth"}
@@ -243,9 +247,12 @@ class Clock:
             self.profiler = torch.profiler.profile()
 
 
-def peak() -> int:
-    """Bytes; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+def peak(*, reserved: bool = False) -> int:
+    """Bytes given out, without what CUDA graphs hold between captures, or `reserved` with that and with what lies
+    unused; 0 on a CPU."""
+    if not torch.cuda.is_available():
+        return 0
+    return torch.cuda.max_memory_reserved() if reserved else torch.cuda.max_memory_allocated()
 
 
 def fresh() -> None:
@@ -253,6 +260,16 @@ def fresh() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def small_card(size: float) -> float:
+    """Hold torch to `size` GiB, as if no more were free; what of that medlora plans for."""
+    from medlora.model.plan import capacity_of
+    from medlora.recipe import Recipe
+
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(size * GIB / torch.cuda.get_device_properties(0).total_memory)
+    return capacity_of(Recipe(), int(size * GIB)) / GIB
 
 
 def synchronize() -> None:
@@ -294,6 +311,7 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
         "step_seconds": statistics.median(clock.seconds[warm_up:]),
         "step_tokens": statistics.median(clock.tokens[warm_up:]),
         "peak_gib": peak() / GIB,
+        "reserved_gib": peak(reserved=True) / GIB,
         "watts": sum(clock.joules[warm_up:]) / sum(clock.seconds[warm_up:]),
         "loss": statistics.mean(losses),
         "steps": list(zip(clock.tokens, clock.seconds, strict=True)),
@@ -353,6 +371,8 @@ def run_side(arguments: Any) -> dict[str, Any]:
     model, loaded = None, None
     for name in arguments.settings:
         setting = SETTINGS[name]
+        if arguments.card:
+            setting = replace(setting, memory=small_card(arguments.card))
         if setting.fp8 and arguments.side != "medlora":
             continue
         double = setting.memory is not None
@@ -368,7 +388,7 @@ def run_side(arguments: Any) -> dict[str, Any]:
             return measure_memory(model, tokenizer, arguments)
         try:
             results[name] = measure(arguments.side, setting, model, tokenizer, arguments)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ModelError):
             results[name] = {"error": "out of memory"}
         print(name, {what: found for what, found in results[name].items() if what != "steps"}, file=sys.stderr)
     return results
@@ -382,6 +402,7 @@ def main() -> None:
     add_shape(parser)
     parser.add_argument("--settings", default="APFBLCDQ")
     parser.add_argument("--memory", action="store_true", help="predicted and measured peaks of setting A")
+    parser.add_argument("--card", type=float, help="GiB: as if the card had no more")
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--profile", action="store_true", help="print the kernels of the last step")
@@ -415,8 +436,8 @@ def _fast_folder() -> str | None:
 
 
 def report(found: dict[str, dict[str, Any]]) -> None:
-    columns = f"{'tokens/s':>10}{'all steps':>11}{'s/step':>9}{'tokens/step':>13}{'GiB':>7}{'W':>6}{'loss':>9}"
-    print(f"{'':3}{'side':10}{columns}")
+    columns = f"{'tokens/s':>10}{'all steps':>11}{'s/step':>9}{'tokens/step':>13}{'GiB':>7}{'reserved':>10}"
+    print(f"{'':3}{'side':10}{columns}{'W':>6}{'loss':>9}")
     for name in SETTINGS:
         for side, results in found.items():
             row = results.get(name)
@@ -425,7 +446,7 @@ def report(found: dict[str, dict[str, Any]]) -> None:
             elif row:
                 print(f"{name:3}{side:10}{row['tokens_per_second']:10.0f}{row['all_steps']:11.0f}"
                       f"{row['step_seconds']:9.4f}{row['step_tokens']:13.0f}{row['peak_gib']:7.1f}"
-                      f"{row['watts']:6.0f}{row['loss']:9.4f}")  # fmt: skip
+                      f"{row['reserved_gib']:10.1f}{row['watts']:6.0f}{row['loss']:9.4f}")  # fmt: skip
 
 
 def report_memory(found: dict[str, Any]) -> None:
@@ -444,6 +465,7 @@ def _run(side: str, model: Path, arguments: Any) -> dict[str, Any]:
     flags = {"--tiny": arguments.tiny, "--profile": arguments.profile, "--memory": arguments.memory}
     command += ["--steps", str(arguments.steps), *(["--data", str(arguments.data)] if arguments.data else [])]
     command += [flag for flag, on in flags.items() if on]
+    command += ["--card", str(arguments.card)] if arguments.card else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return {name: {"error": f"exit status {done.returncode}"} for name in arguments.settings}
