@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from medlora import cli, doctor
 from medlora.cli.options import importing
@@ -134,6 +135,17 @@ def test_errors_are_one_sentence_with_an_exit_code(
 ) -> None:
     got, out, err = medlora(*arguments)
     assert got == code and part in err and "Traceback" not in err + out
+
+
+def test_a_full_gpu_is_one_sentence_and_other_runtime_errors_are_ours(
+    medlora: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised: list[Exception] = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("a fault")]
+    monkeypatch.setattr(run, "train", lambda *_: (_ for _ in ()).throw(raised.pop(0)))
+    code, out, err = medlora("train", "demo")
+    assert code == 4 and "memory is full" in err and "Traceback" not in err + out
+    with pytest.raises(RuntimeError, match="a fault"):
+        medlora("train", "demo")
 
 
 def test_each_kind_of_error_has_its_own_exit_code() -> None:

@@ -28,6 +28,10 @@ def main() -> None:
         sys.exit(error.exit_code)
     except MedloraError as error:
         fail(str(error), error.exit_code)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
+            raise
+        fail("the GPU's memory is full; see nvidia-smi for who else takes it, `medlora doctor` for what fits", 4)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
