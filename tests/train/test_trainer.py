@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from trl import SFTTrainer
 
 from medlora.errors import ModelError, RecipeError
 from medlora.model.adapter import add_lora
@@ -92,6 +93,29 @@ def test_out_of_memory_down_to_more_rows(toy: Toy, tmp_path: Path, monkeypatch: 
     runs_out(trainer, monkeypatch, {2})
     assert losses(trainer) == pytest.approx(unbroken, rel=1e-5)
     assert cut[:2] == [1, 1] and all(n > 1 for n in cut[2:])
+
+
+def test_a_step_goes_through_no_module_tree(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose hundreds of modules take longer than a short step's launches; what Transformers makes of it is the same."""
+    trainer = trainer_of(toy("training.max_steps=3"), tmp_path, one_row)
+    walks: list[int] = []
+    wholes = trainer.model, trainer.model.get_base_model()
+    named = torch.nn.Module.named_modules
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self in wholes and trainer.state.global_step > 0:
+            walks.append(trainer.state.global_step)
+        return named(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", counted)
+    every = list(trainer.model.parameters())
+    with running(trainer):
+        trainer.train()
+        assert all(a is b for a, b in zip(trainer.model.parameters(), every, strict=True))
+    assert not walks and "parameters" not in vars(trainer.model)
+    assert not any(p.grad is not None for p in every) and trainer.state.log_history[0]["grad_norm"] > 0
+    inputs = {"input_ids": torch.ones(1, 100)}
+    assert trainer.floating_point_ops(inputs) == SFTTrainer.floating_point_ops(trainer, inputs) > 0
 
 
 def test_no_row_is_longer_than_the_plan_allows() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             losses.append(loss.detach())
         return torch.stack(losses).sum()
 
+    @cached_property
+    def _weights(self) -> int:
+        return int(self.model.num_parameters(exclude_embeddings=True))
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As Transformers counts them, which counts the weights again in every step."""
+        tokens: int = inputs["input_ids"].numel()
+        return 6 * tokens * self._weights
+
     def _fall_back(self) -> None:
         smaller = fall_back(self.engine.plans, self.plan) if self.plan else None
         if smaller is None or self.fused is None:
@@ -170,6 +180,24 @@ def make_trainer(
 @contextmanager
 def running(trainer: SFTTrainer) -> Iterator[None]:
     """What must hold while a step is computed."""
+    with _listed(trainer.model), _routed(trainer):
+        yield
+
+
+@contextmanager
+def _listed(model: Any) -> Iterator[None]:
+    """`model.parameters()` without its walk over every module: Transformers asks for it twice a step, and a short step
+    on a GPU waits for that."""
+    every = list(model.parameters())
+    model.parameters = lambda recurse=True: iter(every)
+    try:
+        yield
+    finally:
+        del model.parameters
+
+
+@contextmanager
+def _routed(trainer: SFTTrainer) -> Iterator[None]:
     plan = trainer.plan if isinstance(trainer, PackedTrainer) else None
     if plan:
         replayed = None
