@@ -23,7 +23,7 @@ its own, one after the other, and all its settings there. `--data` holds a quest
 Reported are medians over synchronised optimizer steps, the first third left out, of real (not padding)
 tokens a second and seconds, then tokens a second of all steps, compilation and capture among them, with the
 peak of allocated memory, and of what torch had reserved for it, the mean power of those steps by the GPU's own
-counter of energy, and the mean loss.
+counter of energy, and the mean loss; in --out also each step, and how often torch had to give memory back to go on.
 C, D and Q train the original script's 100 steps, whatever `--steps` says: whether medlora replays them as CUDA
 graphs hangs on how many there are.
 """
@@ -260,6 +260,7 @@ def fresh() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_accumulated_memory_stats()
 
 
 def small_card(size: float) -> float:
@@ -312,6 +313,7 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
         "step_tokens": statistics.median(clock.tokens[warm_up:]),
         "peak_gib": peak() / GIB,
         "reserved_gib": peak(reserved=True) / GIB,
+        "retries": torch.cuda.memory_stats()["num_alloc_retries"] if torch.cuda.is_available() else 0,
         "watts": sum(clock.joules[warm_up:]) / sum(clock.seconds[warm_up:]),
         "loss": statistics.mean(losses),
         "steps": list(zip(clock.tokens, clock.seconds, strict=True)),
