@@ -145,6 +145,34 @@ def test_replayed_steps_are_those_launched_and_out_of_memory_among_them_ends_the
         replays.clear()
 
 
+@pytest.mark.parametrize("limit", [0.4, 1e-3])
+def test_gradients_end_to_end_are_clipped_as_torch_clips_them(
+    limit: float, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In some of the steps, and in all; the first is launched, and has its gradients apart."""
+    recipe = toy("training.max_steps=5", "base.compute_dtype=float32", f"training.max_grad_norm={limit}")
+    end_to_end: list[bool] = []
+    clip = PackedTrainer._clip_grad_norm
+
+    def noted(trainer: PackedTrainer, model: Any) -> Any:
+        assert trainer.fused is not None and trainer.fused.graphs is not None
+        end_to_end.append(trainer.fused.graphs.gradients is not None)
+        return clip(trainer, model)
+
+    found: list[list[float]] = []
+    for ours in (noted, SFTTrainer._clip_grad_norm):
+        trainer = trainer_of(recipe, tmp_path, one_row)
+        assert trainer.plan
+        trainer.plan = replayed(trainer.plan)
+        monkeypatch.setattr(PackedTrainer, "_clip_grad_norm", ours)
+        found.append(losses(trainer))
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        assert min(norms) < limit < max(norms) or limit < min(norms)
+        found[-1] += norms
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and len(found[0]) == 10
+    assert end_to_end == [False, True, True, True, True]
+
+
 def test_a_resumed_run_replays_at_once(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its optimizer has its state."""
     recipe = toy("training.max_steps=4", "training.save_steps=2")

@@ -230,9 +230,14 @@ class Graphs:
             VOID.append(graph)
             raise
 
+    @property
+    def gradients(self) -> Tensor | None:
+        """All of what is trained, end to end, if they are those that the graphs add to."""
+        return self.flat_grads if self.ready and self.masters[0].grad is self.grads[0] else None
+
     def own_gradients(self) -> None:
         """Gradients that are added up since the last step, in the buffers that the graphs add to."""
-        if self.masters[0].grad is self.grads[0]:
+        if self.gradients is not None:
             return
         self.flat_grads.zero_()
         before = [master.grad for master in self.masters if master.grad is not None]
