@@ -236,7 +236,9 @@ class Plan:
     kept_seconds: float = 0.0
     """What that saves."""
     held_bytes: float = 0.0
-    """What holding the activations of one more layer adds, a token; 0 where that is no choice."""
+    """What holding the activations of one more layer takes, a token; 0 where that is no choice."""
+    spare_bytes: float = 0.0
+    """What of that is there, a token: held layers are gone when the others are computed again."""
     grows: bool = True
     """Longer rows may spare some steps one."""
     layers: int = 0
@@ -273,9 +275,12 @@ class Plan:
 
     def holding(self, capacity: int) -> "Plan":
         """With as many layers held as `capacity` bytes allow."""
-        layer = self.row_tokens * self.held_bytes
-        held = min(self.layers, max(0, int((capacity - self.peak_bytes) / layer))) if layer else 0
-        return replace(self, held=held, peak_bytes=self.peak_bytes + int(held * layer))
+        if not self.held_bytes:
+            return self
+        token = (capacity - self.peak_bytes) / self.row_tokens + self.spare_bytes
+        held = min(self.layers, max(0, int(token / self.held_bytes)))
+        more = max(0.0, held * self.held_bytes - self.spare_bytes)
+        return replace(self, held=held, peak_bytes=self.peak_bytes + int(self.row_tokens * more))
 
     def keeping(self, capacity: int) -> "Plan":
         """With as many layers' weights kept as `capacity` bytes allow."""
@@ -323,7 +328,9 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     launched = pace(None)
     return Plan(
         rows, tokens, recompute, shape.layers * keep, optim, int(fixed + tokens * token), token,
-        kept_bytes=keeps * weights / shape.layers, held_bytes=held, grows=not work.uniform, layers=shape.layers,
+        kept_bytes=keeps * weights / shape.layers, held_bytes=held,
+        spare_bytes=_spare_bytes(shape, work, recompute, documents) if holds else 0.0,
+        grows=not work.uniform, layers=shape.layers,
         replay=_replay(shape, work, recompute, tokens, documents, launched, pace), **launched._asdict(),
     )  # fmt: skip
 
@@ -431,6 +438,13 @@ def _token_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int)
     if recompute == "full":
         kept += _layer_bytes(shape, work, "none")
     return kept + at_mlp
+
+
+def _spare_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) -> float:
+    """Bytes of a token that computing a layer again, or a half, has at work and held layers have not."""
+    attention, mlp = _half_bytes(shape, work)
+    at_attention, at_mlp = _work_bytes(shape, work, recompute, documents)
+    return attention + mlp if recompute == "full" else max(attention + at_attention - at_mlp, mlp)
 
 
 def host_bytes(shape: Shape, work: Work, row_tokens: int) -> int:
