@@ -371,10 +371,9 @@ def run_side(arguments: Any) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     results: dict[str, Any] = {}
     model, loaded = None, None
+    memory = small_card(arguments.card) if arguments.card else None
     for name in arguments.settings:
-        setting = SETTINGS[name]
-        if arguments.card:
-            setting = replace(setting, memory=small_card(arguments.card))
+        setting = replace(SETTINGS[name], memory=memory) if arguments.card else SETTINGS[name]
         if setting.fp8 and arguments.side != "medlora":
             continue
         double = setting.memory is not None

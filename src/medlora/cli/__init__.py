@@ -12,7 +12,7 @@ from medlora.cli.info import doctor, recipes
 from medlora.cli.options import fail
 from medlora.cli.report import compare, report
 from medlora.cli.train import train
-from medlora.errors import MedloraError
+from medlora.errors import MedloraError, ModelError
 
 
 def main() -> None:
@@ -31,7 +31,10 @@ def main() -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for this
             raise
-        fail("the GPU's memory is full; see nvidia-smi for who else takes it, `medlora doctor` for what fits", 4)
+        fail(
+            "the GPU's memory is full; see nvidia-smi for who else takes it, `medlora doctor` for what fits",
+            ModelError.exit_code,
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise

@@ -188,7 +188,7 @@ class Fused:
                 return graphs(x, row)
             except Uncapturable as reason:  # which holds the capture's memory for as long as it is handled
                 sys.stderr.write(f"no CUDA graphs: {reason}; going on without\n")
-            self.graphs = graphs = None
+            self.graphs = None
         return self._stack(x, row)
 
     def _stack(self, x: Tensor, row: Row) -> Tensor:

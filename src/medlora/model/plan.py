@@ -329,7 +329,7 @@ def predict(shape: Shape, work: Work, rows: int, recompute: Recompute, keep: boo
     return Plan(
         rows, tokens, recompute, shape.layers * keep, optim, int(fixed + tokens * token), token,
         kept_bytes=keeps * weights / shape.layers, held_bytes=held,
-        spare_bytes=_spare_bytes(shape, work, recompute, documents) if holds else 0.0,
+        spare_bytes=_again_bytes(shape, work, recompute, documents),
         grows=not work.uniform, layers=shape.layers,
         replay=_replay(shape, work, recompute, tokens, documents, launched, pace), **launched._asdict(),
     )  # fmt: skip
@@ -431,20 +431,20 @@ def _room_bytes(shape: Shape, work: Work, recompute: Recompute) -> tuple[float, 
 
 def _token_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) -> float:
     kept = shape.layers * _layer_bytes(shape, work, recompute)
-    attention, mlp = _half_bytes(shape, work)
-    at_attention, at_mlp = _work_bytes(shape, work, recompute, documents)
-    if recompute == "offload":  # a half at a time, and the input of the next on the device
-        return max(attention + at_attention, mlp + at_mlp) + work.width * shape.hidden
+    ahead = work.width * shape.hidden * (recompute == "offload")  # the input of the next half, on the device
+    _, at_mlp = _work_bytes(shape, work, recompute, documents)
+    return kept + ahead + at_mlp + _again_bytes(shape, work, recompute, documents)
+
+
+def _again_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) -> float:
+    """Bytes of a token that a layer computed again, or a half, has at work and one that keeps everything has not."""
     if recompute == "full":
-        kept += _layer_bytes(shape, work, "none")
-    return kept + at_mlp
-
-
-def _spare_bytes(shape: Shape, work: Work, recompute: Recompute, documents: int) -> float:
-    """Bytes of a token that computing a layer again, or a half, has at work and held layers have not."""
+        return _layer_bytes(shape, work, "none")
+    if recompute != "offload":
+        return 0.0
     attention, mlp = _half_bytes(shape, work)
     at_attention, at_mlp = _work_bytes(shape, work, recompute, documents)
-    return attention + mlp if recompute == "full" else max(attention + at_attention - at_mlp, mlp)
+    return max(attention + at_attention - at_mlp, mlp)
 
 
 def host_bytes(shape: Shape, work: Work, row_tokens: int) -> int:
