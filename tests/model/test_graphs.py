@@ -11,6 +11,7 @@ from medlora.model.graphs import Graphs, Rows, Uncapturable, rounded
 from medlora.model.packed import pack, packed_loss, packing
 
 gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+SHAPE = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 1024}
 STEPS = [
     [(40, 60)],
     [(30, 50), (120, 80)],  # two rows a step
@@ -23,14 +24,17 @@ STEPS = [
 ]
 
 
+def halve(model: Any) -> None:
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+
+
 def run(tokens: int, device: str, recompute: Any = "none", dropout: float = 0.3) -> tuple[list[Any], set[int]]:
     """Losses of rows and gradients of steps, and which lengths were replayed."""
-    shape = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 1024}
-    model = make(ALL, lora={"lora_dropout": dropout}, **shape).to(device)
+    model = make(ALL, lora={"lora_dropout": dropout}, **SHAPE).to(device)
     if device == "cuda":
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
+        halve(model)
     torch.manual_seed(5)
     found: list[Any] = []
     replayed = Rows(tokens, 4) if tokens else None
@@ -67,6 +71,41 @@ def test_each_replay_drops_anew(device: str) -> None:
     assert first != last  # the same documents and weights in both steps
     same = [x for x in run(384, device, dropout=0.0)[0] if x.dim() == 0]
     assert same[0] == same[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("way", ["_forward", "_backward"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "offload"])
+def test_out_of_memory_in_a_capture_leaves_nothing_behind(
+    recompute: Any, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(self: Graphs, *rest: Any) -> Any:
+        made = passed(self, *rest)
+        if torch.cuda.is_current_stream_capturing():
+            torch.empty(2**50, device="cuda")
+        return made
+
+    def pools() -> set[Any]:
+        return {segment["segment_pool_id"] for segment in torch.cuda.memory_snapshot()}
+
+    passed, before = getattr(Graphs, way), pools()
+    model, batch = make(ALL, **SHAPE).cuda(), pack(documents((40, 61, 9)))
+    halve(model)
+    with packing(model, True, recompute=recompute, replayed=Rows(384, 4)) as fused:
+        assert fused
+        monkeypatch.setattr(Graphs, way, fill)
+        with pytest.raises(torch.OutOfMemoryError):
+            packed_loss(model, batch)[0].backward()
+        fused.change(0, recompute)
+        torch.cuda.empty_cache()
+        assert pools() <= before | {(0, 0)}
+        packed_loss(model, batch)[0].backward()
+        found = list(gradients(model).values())
+    model.zero_grad()
+    with packing(model, True, recompute=recompute):
+        packed_loss(model, batch)[0].backward()
+    assert all(torch.equal(a, b) for a, b in zip(found, gradients(model).values(), strict=True))
 
 
 def test_a_row_must_come_back_before_the_next() -> None:
