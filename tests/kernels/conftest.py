@@ -8,7 +8,7 @@ import torch
 from conftest import INTERPRETED
 from torch import Tensor
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 

@@ -75,6 +75,27 @@ def test_documents_of_any_length(borders):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
 
 
+def by_cutlass(qkv: Tensor, row: Documents, *how) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "flash_takes", lambda *_: False)
+        patch.setattr(module, "by_document", None)
+        return attention(qkv, row, *how)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("heads", [(8, 8, 128), (8, 2, 64)], ids=["heads", "grouped"])
+@pytest.mark.parametrize("borders", [[0, 512, 1024], [0, 1280, 1280, 1280], [0, 100, 612, 700]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_on_a_gpu_cutlass_gives_the_same_each_time(dtype, borders, heads):
+    (out, grad), (expected, expected_grad) = both(by_cutlass, borders, heads, dtype, "cuda")
+    within = 2e-3 if dtype == torch.float16 else 1e-5
+    assert (out - expected).norm() < within * expected.norm()
+    assert (grad - expected_grad).norm() < within * expected_grad.norm()
+    again = both(by_cutlass, borders, heads, dtype, "cuda")[0]
+    assert torch.equal(again[0], out) and torch.equal(again[1], grad)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("heads", [(8, 8, 128), (8, 2, 64)], ids=["heads", "grouped"])

@@ -1,4 +1,5 @@
-"""The interpreter accepts more than the compiler, so every kernel is also compiled for Hopper, without a GPU.
+"""The interpreter accepts more than the compiler, so every kernel is also compiled for the cards that it runs on, whose
+shared memory it must fit, without a GPU.
 
 Run as a script by its own test: the test process has its kernels interpreted. Argument types follow from the
 kernel's annotations; only pointers that are not bf16 are named here.
@@ -95,32 +96,47 @@ CASES = [  # module, kernel, pointers, constants, warps or all that is launched 
 ]
 
 
-def test_for_hopper(tmp_path):
+SHARED = {75: 64, 86: 99, 90: 227}  # KiB a program may have: a T4, an RTX 3090 or 4090, an H100
+# From which capability on a kernel serves; others from the first. Those that multiply need tensor cores.
+SINCE = {
+    "fp8": 89, "document_attention": 90, "nf4_linear": 80, "decode_attention": 80, "low_rank": 80,
+    "_adapted_forward_kernel": 80, "_adapted_backward_kernel": 80,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_for(capability, tmp_path):
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [sys.executable, Path(__file__)]
+    command = [sys.executable, Path(__file__), str(capability)]
     halves = [subprocess.Popen([*command, str(half)], env=environment, stderr=subprocess.PIPE) for half in range(2)]
     errors = [run.communicate()[1].decode() for run in halves]
     assert [run.returncode for run in halves] == [0, 0], "".join(errors)
 
 
-def main(half):
+def main(capability, half):
     from importlib import import_module
 
     import triton
     from triton.backends.compiler import GPUTarget
 
     types = {"tl.tensor": "*bf16", "tl.constexpr": "constexpr", "int": "i32", "tl.int64": "i64", "float": "fp32"}
-    for module, name, pointers, constants, how in CASES[half::2]:
+    serving = [case for case in CASES if max(SINCE.get(case[0], 0), SINCE.get(case[1], 0)) <= capability]
+    for module, name, pointers, constants, how in serving[half::2]:
         options = {"num_warps": how} if isinstance(how, int) else {k: v for k, v in how.items() if k.islower()}
         more = {} if isinstance(how, int) else {k: v for k, v in how.items() if k.isupper()}
+        if capability < 90 and "EARLY" in constants:
+            more["EARLY"] = False
         kernel = getattr(import_module(f"medlora.kernels.{module}"), name)
         notes = kernel.fn.__annotations__
         signature = {arg: pointers.get(arg) or types[notes[arg]] for arg in kernel.arg_names}
+        if capability < 80:
+            signature = {arg: kind.replace("bf16", "fp16") for arg, kind in signature.items()}
         ones = {arg: 1 for arg, kind in signature.items() if kind == "constexpr"}
         source = triton.compiler.ASTSource(kernel, signature, ones | constants | more)
-        triton.compile(source, GPUTarget("cuda", 90, 32), options)
+        shared = triton.compile(source, GPUTarget("cuda", capability, 32), options).metadata.shared
+        assert shared <= SHARED[capability] * 1024, f"{module}.{name}: {shared} bytes"
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

@@ -7,6 +7,7 @@ import torch
 from test_packed import ALL, documents, gradients, make
 from torch import Tensor
 
+from medlora.kernels import attention
 from medlora.model.graphs import Graphs, Rows, Uncapturable, rounded
 from medlora.model.packed import pack, packed_loss, packing
 
@@ -24,17 +25,19 @@ STEPS = [
 ]
 
 
-def halve(model: Any) -> None:
+def halve(model: Any, dtype: torch.dtype = torch.bfloat16) -> None:
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
+            parameter.data = parameter.data.to(dtype)
 
 
-def run(tokens: int, device: str, recompute: Any = "none", dropout: float = 0.3) -> tuple[list[Any], set[int]]:
+def run(
+    tokens: int, device: str, recompute: Any = "none", dropout: float = 0.3, dtype: torch.dtype = torch.bfloat16
+) -> tuple[list[Any], set[int]]:
     """Losses of rows and gradients of steps, and which lengths were replayed."""
     model = make(ALL, lora={"lora_dropout": dropout}, **SHAPE).to(device)
     if device == "cuda":
-        halve(model)
+        halve(model, dtype)
     torch.manual_seed(5)
     found: list[Any] = []
     replayed = Rows(tokens, 4) if tokens else None
@@ -62,6 +65,17 @@ def test_a_replayed_row_gives_what_a_launched_one_gives(recompute: Any, device: 
     assert_close(replayed, launched, 1e-5 if device == "cpu" else 0.02)  # products of another length round otherwise
     again, _ = run(384, device, recompute)
     assert all(torch.equal(a, b) for a, b in zip(again, replayed, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rows_are_replayed_without_the_flash_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "flash_takes", lambda *_: False)
+    launched, _ = run(0, "cuda", dtype=dtype)
+    replayed, lengths = run(384, "cuda", dtype=dtype)
+    assert lengths == {128, 256, 384}
+    assert_close(replayed, launched, 5e-3 if dtype == torch.float16 else 1e-5)
 
 
 @pytest.mark.parametrize("device", ["cpu", gpu])

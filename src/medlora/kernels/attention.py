@@ -1,10 +1,10 @@
 """Causal attention of a packed row that stays inside its documents, with the rotary embedding before it.
 
 Documents of any length pass in one launch: by tiles (`document_attention`) on Hopper, else by the flash kernel behind
-torch.nn.attention.varlen, called through aten. Either stands in an autograd function that owns the fused q, k, v
-buffer: the rotation happens in that buffer, and the backward pass gives the three gradients as one, ready for the
-product that follows. Elsewhere (float32, odd head sizes, a CPU) documents pass one by one through
-scaled_dot_product_attention.
+torch.nn.attention.varlen, or, on cards before Ampere and in float32, by CUTLASS's kernel behind nested tensors, both
+called through aten. Each stands in an autograd function that owns the fused q, k, v buffer: the rotation happens in
+that buffer, and the backward pass gives the three gradients as one, ready for the product that follows. Elsewhere (odd
+head sizes, a CPU) documents pass one by one through scaled_dot_product_attention.
 
 Shapes: T tokens of the row, H query heads, K key heads, C head size.
 """
@@ -29,6 +29,7 @@ from .document_attention import HEAD_SIZES, document_attention, document_attenti
 from .rope import rope, rope_, rope_back
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+CAUSAL = 1  # by the first tokens, to CUTLASS's kernel
 # For documents of one length, where it is a multiple of this and not short; the first of them that can.
 DENSE_MULTIPLE, DENSE_LENGTH = 256, 1024
 DENSE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -140,6 +141,52 @@ def _flash(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: floa
     return found
 
 
+class _CutlassAttention(Function):
+    """As `_TiledAttention`; heads share no keys there."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> Tensor:
+        out, *rest = _cutlass(qkv, row, heads, scale)
+        ctx.save_for_backward(qkv, out, *rest)
+        ctx.row, ctx.heads, ctx.scale = row, heads, scale
+        y: Tensor = out.view(len(qkv), -1)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (qkv, out, lse, seed, offset), row, n, (_, K, C) = ctx.saved_tensors, ctx.row, ctx.row.longest, ctx.heads
+        with _in_one_order():
+            dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
+                grad.view(out.shape), *_apart(qkv, ctx.heads), None, out, row.starts, row.starts, n, n, lse, 0.0, seed,
+                offset, CAUSAL, False, scale=ctx.scale,
+            )  # fmt: skip
+        dk, dv = (t.view(len(qkv), K, -1, C).sum(2) for t in (dk, dv))
+        d_qkv = qkv.detach()
+        rope_back((dq[0], dk, dv), _heads(d_qkv, ctx.heads), row.cos, row.sin)
+        return d_qkv, None, None, None
+
+
+def _cutlass(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float) -> tuple[Tensor, ...]:
+    """(output [1, T, H, C], log-sum-exp, two of dropout's)."""
+    q, k, _ = _heads(qkv, heads)
+    rope_(q, k, row.cos, row.sin)
+    found: tuple[Tensor, ...] = torch.ops.aten._efficient_attention_forward(
+        *_apart(qkv, heads), None, row.starts, row.starts, row.longest, row.longest, 0.0, CAUSAL, True, scale=scale
+    )
+    return found[:4]
+
+
+def _apart(qkv: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [1, T, H, C]."""
+    q, k, v = _heads(qkv, heads)
+    return q[None], _repeated(k[None], heads, 2), _repeated(v[None], heads, 2)
+
+
+def _repeated(keys: Tensor, heads: tuple[int, int, int], dim: int) -> Tensor:
+    """For each query head its own."""
+    return keys if heads[0] == heads[1] else keys.repeat_interleave(heads[0] // heads[1], dim)
+
+
 @contextmanager
 def _in_one_order() -> Iterator[None]:
     """Programs add up dq as they come, so that a seed would not decide the losses, unless torch's global switch asks
@@ -203,30 +250,37 @@ def flash_takes(x: Tensor, head_size: int) -> bool:
     return ready and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
+def in_one_launch(x: Tensor, head_size: int) -> bool:
+    """Whether documents pass together on x's device and in its dtype, by borders that lie there."""
+    return flash_takes(x, head_size) or (x.is_cuda and x.dtype != torch.bfloat16 and head_size % 8 == 0)
+
+
 def attention(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: float, room: int = 0) -> Tensor:
     """Rotary positions and causal attention inside documents: [T, (H + 2 K) C] -> [T, H C].
 
-    By tiles or the flash kernel of torch.nn.attention.varlen where dtype, head size and device allow, or as a dense
-    batch; else document by document through scaled_dot_product_attention. All but the last overwrite `qkv`.
+    By tiles, the flash kernel of torch.nn.attention.varlen or CUTLASS's where dtype, head size and device allow, or as
+    a dense batch; else document by document through scaled_dot_product_attention. All but the last overwrite `qkv`.
 
     Args:
         heads: (H, K, C).
         scale: factor of the scores, usually C ** -0.5.
         room: columns to leave behind each row of the output; only tiles do.
     """
-    if flash_takes(qkv, heads[2]):
-        if _is_dense(qkv, row):
+    if in_one_launch(qkv, heads[2]):
+        flash = flash_takes(qkv, heads[2])
+        if flash and _is_dense(qkv, row):
             return _dense_attention(qkv, row, heads, scale)
         out: Tensor
         trained = torch.is_grad_enabled() and qkv.requires_grad
-        if row.tiles is not None:
+        if flash and row.tiles is not None:
             how = qkv, row, heads, scale, room
             out = _TiledAttention.apply(*how) if trained else _tiled(*how)[0]
             return out
         if trained:
-            out = _FlashAttention.apply(qkv, row, heads, scale)
+            out = (_FlashAttention if flash else _CutlassAttention).apply(qkv, row, heads, scale)
             return out
-        return _flash(qkv, row, heads, scale)[0].view(len(qkv), -1)  # without autograd's bookkeeping on the host
+        # without autograd's bookkeeping on the host
+        return (_flash if flash else _cutlass)(qkv, row, heads, scale)[0].view(len(qkv), -1)
     q, k, v = _heads(qkv, heads)
     q, k, v = (t.transpose(0, 1)[None] for t in (*rope(q, k, row.cos, row.sin), v))
     return by_document(q, k, v, row.borders, scale)[0].transpose(0, 1).reshape(len(qkv), -1)
@@ -249,6 +303,8 @@ def tail_attention(q: Tensor, k: Tensor, v: Tensor, tails: Tails, scale: float) 
 
 def by_document(q: Tensor, k: Tensor, v: Tensor, borders: list[int], scale: float) -> Tensor:
     """Causal attention of each document by itself: q [1, H, T, C], k, v [1, K, T, C] -> [1, H, T, C]."""
+    if q.is_cuda and not flash_takes(q, q.shape[3]):  # what else shares keys writes all scores down
+        k, v = (_repeated(t, (q.shape[1], k.shape[1], 0), 1) for t in (k, v))
     with sdpa_kernel(SAFE):
         parts = [
             F.scaled_dot_product_attention(

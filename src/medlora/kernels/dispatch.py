@@ -27,8 +27,8 @@ else:
     triton = tl = TensorDescriptor = None
 
 __all__ = [
-    "TensorDescriptor", "ceil_div", "is_hopper", "jit", "next_power_of_2", "roomy", "row_launch", "same_layout", "tl",
-    "upload", "use_triton", "widened",
+    "TensorDescriptor", "ceil_div", "is_hopper", "jit", "multiplies", "next_power_of_2", "roomy", "row_launch",
+    "same_layout", "tl", "upload", "use_triton", "widened",
 ]  # fmt: skip
 
 MAX_ROW = 65536  # elements a program may hold in registers: 128 a thread at 16 warps
@@ -48,6 +48,12 @@ def use_triton(tensor: Tensor) -> bool:
 def is_hopper(device: torch.device) -> bool:
     """An H100 or H200, say."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def multiplies(device: torch.device) -> bool:
+    """Whether `tl.dot` has tensor cores there: on cards before Ampere Triton multiplies without (triton-lang/triton,
+    pull request 5066)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def jit(kernel: Callable[..., Any], **options: Any) -> Any:

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 
-from medlora.kernels.attention import Documents, attention, flash_takes
+from medlora.kernels.attention import Documents, attention, in_one_launch
 from medlora.kernels.copies import Copies
 from medlora.kernels.dispatch import upload
 from medlora.kernels.embedding import gather_rows
@@ -140,7 +140,7 @@ class Fused:
         if first <= 0:
             self.scratch = self.scratch[:0].clone()
         self._place_embedding()
-        able = self.device.type == "cpu" or flash_takes(self.scratch, self.heads[2])
+        able = self.device.type == "cpu" or in_one_launch(self.scratch, self.heads[2])
         if self.replayed and able and self.masters:
             self.graphs = Graphs(self._stack, self.every, self.replayed)
 

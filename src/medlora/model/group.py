@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from medlora.kernels.dispatch import roomy, widened
+from medlora.kernels.dispatch import multiplies, roomy, widened
 from medlora.kernels.dropout import dropout
 from medlora.kernels.fp8 import fp8_linear, quantize_rows
 from medlora.kernels.low_rank import add_low_rank_
@@ -93,6 +93,8 @@ class Group:
         self.adapters = [adapter_of(module) for module in modules]
         self.gated, self.fp8 = gated, fp8
         self.read_gated = False
+        self.tiled = multiplies(self.bases[0].weight.device)
+        """Whether SwiGLU's tiles may meet LoRA's."""
         if gated is not None:
             gated.read_gated = True
         self.sizes: list[int] = [base.out_features for base in self.bases]
@@ -167,7 +169,7 @@ class Group:
     def leaves_term(self) -> bool:
         """Whether h b' is left to the group that reads this one's output."""
         fits = self.even is not None and self.even.shape[2] in RANKS and not self.sizes[0] % ALIGNED
-        return self.read_gated and fits
+        return self.read_gated and self.tiled and fits
 
     @property
     def beside_elements(self) -> int:
@@ -426,7 +428,7 @@ def _through_swiglu(
 def _makes(group: Group, h_TR: Tensor | None, how: Pass) -> bool:
     """Whether SwiGLU's backward pass adds LoRA's term and makes a's gradient too."""
     fits = h_TR is not None and h_TR.shape[1] in RANKS and not group.shape[1] % ALIGNED
-    return group.gated is not None and fits and not how.p
+    return group.gated is not None and group.tiled and fits and not how.p
 
 
 def _scaled(x: Tensor, w: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
