@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from medlora.data.prompts import IGNORE
-from medlora.model.packed import pack, packed_loss, packing, unfused, unsupported
+from medlora.model.fused import Fused
+from medlora.model.packed import pack, packed_loss, packing, trial, unfused, unsupported
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPE: dict[str, Any] = {
@@ -139,6 +140,29 @@ def test_packing_puts_everything_back() -> None:
 
 def test_a_cpu_runs_the_unfused_path_and_says_why() -> None:
     assert "GPU" in (unfused(make()) or "")
+
+
+def test_a_trial_finds_layers_that_fail_or_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert trial(model) is None
+    attend = Fused._attention
+    monkeypatch.setattr(Fused, "_attention", lambda *how: (1.3 * (found := attend(*how))[0], found[1]))
+    assert "off" in (trial(model) or "")
+    monkeypatch.setattr(Fused, "_attention", None)
+    assert "TypeError: 'NoneType' object is not callable" in (trial(model) or "")
+    assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_trial_of_a_base_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make().get_base_model().requires_grad_(False).eval()
+    with torch.no_grad():
+        assert trial(model) is None
+        embed = Fused._hidden
+        monkeypatch.setattr(Fused, "_hidden", lambda *how: 1.5 * embed(*how))
+        assert "off" in (trial(model) or "")
+    assert not model.training
 
 
 def test_a_short_attention_window_is_refused() -> None:

@@ -34,7 +34,7 @@ def trainer_of(recipe: Any, folder: Path, start: Callable[[Plan], bool]) -> Pack
     return trainer
 
 
-def losses(trainer: PackedTrainer) -> list[float]:
+def losses(trainer: SFTTrainer) -> list[float]:
     with running(trainer):
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -160,17 +160,22 @@ def test_gradients_end_to_end_are_clipped_as_torch_clips_them(
         return clip(trainer, model)
 
     found: list[list[float]] = []
-    for ours in (noted, SFTTrainer._clip_grad_norm):
+    for ours, scaled in (SFTTrainer._clip_grad_norm, False), (noted, False), (noted, True):
         trainer = trainer_of(recipe, tmp_path, one_row)
         assert trainer.plan
         trainer.plan = replayed(trainer.plan)
         monkeypatch.setattr(PackedTrainer, "_clip_grad_norm", ours)
+        if scaled:  # as float16's gradients are
+            monkeypatch.setattr(trainer.accelerator, "scaler", torch.amp.GradScaler("cpu", init_scale=4096.0))
+            monkeypatch.setattr(trainer.accelerator, "native_amp", True)
+            monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
         found.append(losses(trainer))
         norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
         assert min(norms) < limit < max(norms) or limit < min(norms)
         found[-1] += norms
-    assert found[0] == pytest.approx(found[1], rel=1e-5) and len(found[0]) == 10
-    assert end_to_end == [False, True, True, True, True]
+    for each in found[1:]:
+        assert each == pytest.approx(found[0], rel=1e-5) and len(each) == 10
+    assert end_to_end == 2 * [False, True, True, True, True]
 
 
 def test_a_resumed_run_replays_at_once(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,3 +223,31 @@ def test_fp8_is_refused_where_it_cannot_run(toy: Toy) -> None:
         prepare(recipe)
     with pytest.raises(RecipeError, match="fp8 needs the packed engine"):
         load_recipe("demo", ["training.fp8=true", "training.engine=plain"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_float16_as_on_cards_before_ampere_trains_as_the_plain_engine_does(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime import driver
+
+    found: list[list[float]] = []
+    for engine in "plain", "packed":
+        if engine == "packed":
+            driver.active.get_current_target()  # Triton goes on compiling for the card that is there
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+        recipe = toy(
+            f"training.engine={engine}", "base.compute_dtype=float16", "training.max_steps=12",
+            "training.max_grad_norm=0.3",
+        )  # fmt: skip
+        prepared = prepare(recipe)
+        model = add_lora(load_model(prepared.base, recipe.base), recipe.lora, recipe.training.seed)
+        rows = prepared.corpus.train
+        chosen = choose_engine(model, recipe, rows)
+        trainer = make_trainer(recipe, model, prepared.tokenizer, rows, chosen, tmp_path, [])
+        assert chosen.packed == bool(chosen.plan) == (engine == "packed") and trainer.accelerator.scaler is not None
+        found.append(losses(trainer))
+        assert trainer.accelerator.scaler.get_scale() > 1
+    plain, packed = found
+    assert len(plain) == 12 and packed == pytest.approx(plain, rel=0.01) and packed[-1] < 0.97 * packed[0]

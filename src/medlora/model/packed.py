@@ -6,11 +6,13 @@ on a GPU for `fused.Fused` as a whole; on a CPU, and where a model is unfusable,
 layers run and only their attention function and, on a CPU, the forward of norms and PEFT's LoRA layers are ours.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +22,16 @@ from medlora.data.prompts import IGNORE, Example
 from medlora.kernels import cpu
 from medlora.kernels.attention import by_document
 from medlora.kernels.cross_entropy import linear_cross_entropy
+from medlora.kernels.dispatch import is_hopper
 from medlora.model.base import FAMILIES
 from medlora.model.fused import Fused
 from medlora.model.modules import Unfusable
 
 ATTENTION = "medlora_varlen"
 Batch = dict[str, Any]
+TRIAL, OFF = (64, 37), (0.2, 0.4)  # tokens of its documents; how far both ways may lie apart, without and with FP8
+NOISE, LOUD = 0.02, 64.0  # as trained weights are; a factor of the loss, above where float16 rounds to zero
+TRIED: WeakKeyDictionary[Any, dict[bool, str | None]] = WeakKeyDictionary()
 PER_TOKEN = ("input_ids", "labels", "position_ids")  # of a batch
 
 
@@ -37,9 +43,7 @@ def unsupported(model: Any, max_length: int) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window and window < max_length:
         return f"its attention window ({window}) is shorter than data.max_length ({max_length})"
-    if next(model.parameters()).dtype == torch.float16:
-        return "float16 needs loss scaling"
-    return None
+    return None if isinstance(_fused(model), str) else _distrusted(model)
 
 
 def unfused(model: Any, fp8: bool = False) -> str | None:
@@ -53,9 +57,80 @@ def _fused(model: Any, **how: Any) -> Fused | str:
     if causal.lm_head.weight.device.type != "cuda":
         return "the fused layers are for a GPU"
     try:
-        return Fused(causal, **how)
+        fused = Fused(causal, **how)
     except Unfusable as reason:
         return str(reason)
+    return (_distrusted(model, fp8=True) if fused.fp8 else None) or fused
+
+
+def _distrusted(model: Any, *, fp8: bool = False) -> str | None:
+    """Why the kernels are not to be used on this GPU, if there is a reason; every one's tests ran on Hopper."""
+    causal = causal_of(model)
+    if is_hopper(causal.lm_head.weight.device):
+        return None
+    tried = TRIED.setdefault(causal, {})
+    if fp8 not in tried:
+        tried[fp8] = trial(model, fp8=fp8)
+    return tried[fp8]
+
+
+def trial(model: Any, *, fp8: bool = False) -> str | None:
+    """What is wrong with the fused layers where this model lies, or None: a short row passes two of them, and its
+    documents, each by itself, two of Transformers'; hidden states, loss and adapters' gradients are compared.
+
+    Raises:
+        torch.OutOfMemoryError: the device is full.
+    """
+    decoder, training = causal_of(model).model, model.training
+    every, decoder.layers = decoder.layers, decoder.layers[:2]
+    weights = [p for p in decoder.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in weights]
+    try:
+        with torch.random.fork_rng([]), torch.enable_grad():
+            for p in weights:
+                if not p.any():  # of a new adapter: the other half's gradients would be zero
+                    p.data.copy_(torch.randn(p.shape) * NOISE)
+            rows = [torch.randint(model.config.vocab_size, (n,)) for n in TRIAL]
+            theirs, ours = _by_transformers(model.eval(), weights, rows), _by_fused(model, weights, rows, fp8)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler or driver says
+        return (
+            f"a trial of the fused layers ended with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        )
+    finally:
+        decoder.layers = every
+        model.train(training)
+        for p, old in zip(weights, before, strict=True):
+            p.data.copy_(old)
+            p.grad = None
+    off = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
+    worst = max(off, key=lambda each: math.inf if math.isnan(each) else each)
+    return None if worst <= OFF[fp8] else f"in a trial on this GPU the fused layers were {worst:.0%} off"
+
+
+def _by_fused(model: Any, weights: list[nn.Parameter], rows: list[Tensor], fp8: bool) -> list[Tensor]:
+    batch = pack([{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows])
+    with packing(model, True, fp8=fp8):
+        loss, _ = packed_loss(model, batch)
+        grads = torch.autograd.grad(LOUD * loss, weights) if weights else ()
+        hidden = _hidden(causal_of(model), batch)
+    return [x.detach().float().cpu() for x in (hidden, loss, *grads)]
+
+
+def _by_transformers(model: Any, weights: list[nn.Parameter], rows: list[Tensor]) -> list[Tensor]:
+    """Hidden states [T, D], loss and gradients, float32 on the host."""
+    causal = causal_of(model)
+    head = causal.lm_head.weight
+    with autocast_of(head):
+        hidden = [
+            causal.model(input_ids=row[None].to(head.device), use_cache=False).last_hidden_state[0] for row in rows
+        ]
+        logits = [(x[:-1].to(head.dtype) @ head.T).float() for x in hidden]
+    target = torch.cat([row[1:] for row in rows]).to(head.device)
+    loss = F.cross_entropy(torch.cat(logits), target, reduction="sum")
+    grads = torch.autograd.grad(LOUD * loss, weights) if weights else ()
+    return [x.detach().float().cpu() for x in (torch.cat(hidden), loss, *grads)]
 
 
 def pack(examples: Sequence[Example | dict[str, Any]]) -> Batch:
@@ -109,16 +184,9 @@ def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     `model` is a causal LM of the LLaMA family or a `PeftModel` of one, inside `packing(model)`.
     """
     causal = causal_of(model)
-    head = causal.lm_head.weight
-    fused = isinstance(vars(causal.model).get("forward"), Fused)
+    head, fused = causal.lm_head.weight, _is_fused(causal)
     target = batch["labels"][0, 1:].to(head.device)
-    with nullcontext() if fused else autocast_of(head):
-        hidden = causal.model(
-            input_ids=batch["input_ids"].to(head.device),
-            position_ids=batch["position_ids"].to(head.device),
-            use_cache=False,
-            borders=batch["borders"],
-        ).last_hidden_state[0, :-1]
+    hidden = _hidden(causal, batch)[:-1]
     hidden, count = hidden.to(head.dtype), sum(batch["labelled"])
     if head.device.type == "cpu" and not fused:
         predicted = (target != IGNORE).nonzero()[:, 0]
@@ -126,6 +194,24 @@ def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     else:
         loss = linear_cross_entropy(hidden, head, target, IGNORE, labelled=count)
     return loss, torch.tensor(count)
+
+
+def _is_fused(causal: Any) -> bool:
+    return isinstance(vars(causal.model).get("forward"), Fused)
+
+
+def _hidden(causal: Any, batch: Batch) -> Tensor:
+    """[T, D], after the final norm."""
+    head = causal.lm_head.weight
+    with nullcontext() if _is_fused(causal) else autocast_of(head):
+        out = causal.model(
+            input_ids=batch["input_ids"].to(head.device),
+            position_ids=batch["position_ids"].to(head.device),
+            use_cache=False,
+            borders=batch["borders"],
+        )
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden
 
 
 @contextmanager
@@ -218,6 +304,6 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def autocast_of(head: Tensor) -> torch.autocast:
-    """On a GPU PEFT's own layers run, whose float32 adapters need autocast beside a bfloat16 base."""
-    on = head.device.type == "cuda" and head.dtype == torch.bfloat16
-    return torch.autocast(head.device.type, dtype=torch.bfloat16, enabled=on)
+    """On a GPU PEFT's own layers run, whose float32 adapters need autocast beside a base of half the width."""
+    narrow = head.dtype if head.dtype == torch.float16 else torch.bfloat16
+    return torch.autocast(head.device.type, dtype=narrow, enabled=head.is_cuda and head.dtype == narrow)

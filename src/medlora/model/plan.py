@@ -43,10 +43,10 @@ RATES = {(8, 0): 2.2e12, (9, 0): 5e12, (10, 0): 1e13, (10, 3): 1e13}
 RATE = 1e12
 ROW = 0.01  # seconds that a further row costs at least
 # Seconds of a layer's two passes: what a slow host launches or captures them in, and more for each group of modules
-# with adapters, and what the device takes however short the row; by H100s of virtual machines. How much longer the host
-# takes by ways, and where it dequantises as well.
-LAUNCH, ADAPTED, KERNELS = 3.2e-3, 0.6e-3, 0.6e-3
-LAUNCHES, DEQUANTISING = {"none": 1.0, "selective": 1.2, "full": 1.2, "offload": 1.6}, 1.4
+# with adapters, and what the device takes however short the row; by an H200 of a virtual machine. How much longer the
+# host takes by ways, and where it dequantises as well.
+LAUNCH, ADAPTED, KERNELS = 2.5e-3, 0.5e-3, 0.6e-3
+LAUNCHES, DEQUANTISING = {"none": 1.0, "selective": 1.2, "full": 1.5, "offload": 1.6}, 1.4
 PARTS = 2, 4, 8  # of an octave
 SOME, QUANTILES = 500, 8  # steps whose lengths are looked at, and how many stand for them
 NARROW = 900  # of the products' time, over the hidden size: all else, which moves a token's width and not its square

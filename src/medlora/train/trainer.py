@@ -87,9 +87,6 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.model.train()  # whole: a new adapter over a base in evaluation would itself say that it trains
-        for parameter in self.model.parameters():  # TRL casts adapters of 4-bit bases to bfloat16: small steps vanish
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A whole optimizer step; also without Transformers' walk over every module, which a short step on a GPU
@@ -139,6 +136,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         gradients = graphs.gradients if graphs else None
         if gradients is None:
             return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
         norm = torch.linalg.vector_norm(gradients)
         gradients.mul_((self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
@@ -181,11 +179,21 @@ def make_trainer(
         data_collator=pack if engine.packed else None,
         callbacks=list(callbacks),
     )
+    if engine.packed or trainer.args.fp16:
+        _widen(trainer.model)
     if isinstance(trainer, PackedTrainer):
         trainer.engine, trainer.plan = engine, engine.plan
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def _widen(model: Any) -> None:
+    """TRL casts adapters of 4-bit bases to bfloat16, in which small steps vanish, and which float16's loss scaling does
+    not take."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 @contextmanager
