@@ -155,6 +155,10 @@ def test_a_trial_finds_layers_that_fail_or_differ(monkeypatch: pytest.MonkeyPatc
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_there_is_no_trial_of_what_does_not_serve() -> None:
+    assert trial(make(hidden_act="gelu")) is None
+
+
 def test_a_trial_of_a_base_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make().get_base_model().requires_grad_(False).eval()
     with torch.no_grad():

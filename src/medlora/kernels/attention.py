@@ -178,13 +178,13 @@ def _cutlass(qkv: Tensor, row: Documents, heads: tuple[int, int, int], scale: fl
 
 def _apart(qkv: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v [1, T, H, C]."""
-    q, k, v = _heads(qkv, heads)
-    return q[None], _repeated(k[None], heads, 2), _repeated(v[None], heads, 2)
+    (q, k, v), share = _heads(qkv, heads), heads[0] // heads[1]
+    return q[None], _repeated(k, share, 1)[None], _repeated(v, share, 1)[None]
 
 
-def _repeated(keys: Tensor, heads: tuple[int, int, int], dim: int) -> Tensor:
-    """For each query head its own."""
-    return keys if heads[0] == heads[1] else keys.repeat_interleave(heads[0] // heads[1], dim)
+def _repeated(keys: Tensor, share: int, dim: int) -> Tensor:
+    """For each of the `share` query heads its own."""
+    return keys if share == 1 else keys.repeat_interleave(share, dim)
 
 
 @contextmanager
@@ -304,7 +304,7 @@ def tail_attention(q: Tensor, k: Tensor, v: Tensor, tails: Tails, scale: float) 
 def by_document(q: Tensor, k: Tensor, v: Tensor, borders: list[int], scale: float) -> Tensor:
     """Causal attention of each document by itself: q [1, H, T, C], k, v [1, K, T, C] -> [1, H, T, C]."""
     if q.is_cuda and not flash_takes(q, q.shape[3]):  # what else shares keys writes all scores down
-        k, v = (_repeated(t, (q.shape[1], k.shape[1], 0), 1) for t in (k, v))
+        k, v = (_repeated(t, q.shape[1] // t.shape[1], 1) for t in (k, v))
     with sdpa_kernel(SAFE):
         parts = [
             F.scaled_dot_product_attention(

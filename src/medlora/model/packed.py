@@ -43,7 +43,7 @@ def unsupported(model: Any, max_length: int) -> str | None:
     window = getattr(config, "sliding_window", None)
     if window and window < max_length:
         return f"its attention window ({window}) is shorter than data.max_length ({max_length})"
-    return None if isinstance(_fused(model), str) else _distrusted(model)
+    return _distrusted(model)
 
 
 def unfused(model: Any, fp8: bool = False) -> str | None:
@@ -66,7 +66,8 @@ def _fused(model: Any, **how: Any) -> Fused | str:
 def _distrusted(model: Any, *, fp8: bool = False) -> str | None:
     """Why the kernels are not to be used on this GPU, if there is a reason; every one's tests ran on Hopper."""
     causal = causal_of(model)
-    if is_hopper(causal.lm_head.weight.device):
+    device = causal.lm_head.weight.device
+    if device.type != "cuda" or is_hopper(device):
         return None
     tried = TRIED.setdefault(causal, {})
     if fp8 not in tried:
@@ -75,7 +76,7 @@ def _distrusted(model: Any, *, fp8: bool = False) -> str | None:
 
 
 def trial(model: Any, *, fp8: bool = False) -> str | None:
-    """What is wrong with the fused layers where this model lies, or None: a short row passes two of them, and its
+    """What is wrong with the fused layers where this model lies, if anything: a short row passes two of them, and its
     documents, each by itself, two of Transformers'; hidden states, loss and adapters' gradients are compared.
 
     Raises:
@@ -94,10 +95,11 @@ def trial(model: Any, *, fp8: bool = False) -> str | None:
             theirs, ours = _by_transformers(model.eval(), weights, rows), _by_fused(model, weights, rows, fp8)
     except torch.OutOfMemoryError:
         raise
+    except Unfusable:  # nor do they serve then
+        return None
     except Exception as error:  # whatever a compiler or driver says
-        return (
-            f"a trial of the fused layers ended with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        )
+        first = str(error).strip().partition("\n")[0]
+        return f"a trial of the fused layers ended with {type(error).__name__}: {first}"
     finally:
         decoder.layers = every
         model.train(training)
