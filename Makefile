@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # a core each: threads would wait for each other
 
 .PHONY: demo test test-gpu bench check clean
 
@@ -11,7 +12,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/medlora train recipes/demo.yaml
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(TESTS) $(ARGS)
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -23,7 +24,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(ARGS)
+	$(TESTS) $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medlora needs Python 3.11 or newer; set PYTHON=python3.11")'
