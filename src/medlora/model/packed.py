@@ -105,23 +105,20 @@ def trial(model: Any, *, fp8: bool = False) -> str | None:
         model.train(training)
         for p, old in zip(weights, before, strict=True):
             p.data.copy_(old)
-            p.grad = None
     off = [float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True)]
     worst = max(off, key=lambda each: math.inf if math.isnan(each) else each)
     return None if worst <= OFF[fp8] else f"in a trial on this GPU the fused layers were {worst:.0%} off"
 
 
 def _by_fused(model: Any, weights: list[nn.Parameter], rows: list[Tensor], fp8: bool) -> list[Tensor]:
+    causal = causal_of(model)
     batch = pack([{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows])
     with packing(model, True, fp8=fp8):
-        loss, _ = packed_loss(model, batch)
-        grads = torch.autograd.grad(LOUD * loss, weights) if weights else ()
-        hidden = _hidden(causal_of(model), batch)
-    return [x.detach().float().cpu() for x in (hidden, loss, *grads)]
+        hidden = _hidden(causal, batch)
+        return _seen(weights, hidden, _summed_loss(causal, hidden, batch))
 
 
 def _by_transformers(model: Any, weights: list[nn.Parameter], rows: list[Tensor]) -> list[Tensor]:
-    """Hidden states [T, D], loss and gradients, float32 on the host."""
     causal = causal_of(model)
     head = causal.lm_head.weight
     with autocast_of(head):
@@ -130,9 +127,13 @@ def _by_transformers(model: Any, weights: list[nn.Parameter], rows: list[Tensor]
         ]
         logits = [(x[:-1].to(head.dtype) @ head.T).float() for x in hidden]
     target = torch.cat([row[1:] for row in rows]).to(head.device)
-    loss = F.cross_entropy(torch.cat(logits), target, reduction="sum")
+    return _seen(weights, torch.cat(hidden), F.cross_entropy(torch.cat(logits), target, reduction="sum"))
+
+
+def _seen(weights: list[nn.Parameter], hidden: Tensor, loss: Tensor) -> list[Tensor]:
+    """Hidden states [T, D], the loss and its gradients, float32 on the host."""
     grads = torch.autograd.grad(LOUD * loss, weights) if weights else ()
-    return [x.detach().float().cpu() for x in (torch.cat(hidden), loss, *grads)]
+    return [x.detach().float().cpu() for x in (hidden, loss, *grads)]
 
 
 def pack(examples: Sequence[Example | dict[str, Any]]) -> Batch:
@@ -186,16 +187,17 @@ def packed_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     `model` is a causal LM of the LLaMA family or a `PeftModel` of one, inside `packing(model)`.
     """
     causal = causal_of(model)
-    head, fused = causal.lm_head.weight, _is_fused(causal)
+    return _summed_loss(causal, _hidden(causal, batch), batch), torch.tensor(sum(batch["labelled"]))
+
+
+def _summed_loss(causal: Any, hidden: Tensor, batch: Batch) -> Tensor:
+    head = causal.lm_head.weight
     target = batch["labels"][0, 1:].to(head.device)
-    hidden = _hidden(causal, batch)[:-1]
-    hidden, count = hidden.to(head.dtype), sum(batch["labelled"])
-    if head.device.type == "cpu" and not fused:
+    hidden = hidden[:-1].to(head.dtype)
+    if head.device.type == "cpu" and not _is_fused(causal):
         predicted = (target != IGNORE).nonzero()[:, 0]
-        loss = cpu.linear_cross_entropy(hidden.index_select(0, predicted), head, target[predicted])
-    else:
-        loss = linear_cross_entropy(hidden, head, target, IGNORE, labelled=count)
-    return loss, torch.tensor(count)
+        return cpu.linear_cross_entropy(hidden.index_select(0, predicted), head, target[predicted])
+    return linear_cross_entropy(hidden, head, target, IGNORE, labelled=sum(batch["labelled"]))
 
 
 def _is_fused(causal: Any) -> bool:
