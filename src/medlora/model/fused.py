@@ -151,9 +151,9 @@ class Fused:
         elif table.is_cuda:
             table.data = table.data.cpu().pin_memory()
 
-    def change(self, kept: int, recompute: Recompute) -> None:
-        """Go on with other settings from the next row on, without held layers and graphs."""
-        self.recompute, self.kept, self.held, self.replayed, self.graphs = recompute, kept, 0, None, None
+    def change(self, kept: int, recompute: Recompute, held: int = 0, replayed: Rows | None = None) -> None:
+        """Go on with other settings from the next row on."""
+        self.recompute, self.kept, self.held, self.replayed, self.graphs = recompute, kept, held, replayed, None
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self.device)  # copies may still be under way to memory that is free now

@@ -149,7 +149,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
                 "data.max_length or training.per_device_train_batch_size, or set training.gradient_checkpointing=auto"
             )
         self.plan = smaller
-        self.fused.change(smaller.kept, smaller.recompute)
+        self.fused.change(**_way(smaller, self.args.per_device_train_batch_size))
         sys.stderr.write(f"out of memory; going on with {smaller.describe(self.engine.capacity)}\n")
 
     def compute_loss(
@@ -217,19 +217,19 @@ def _listed(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _routed(trainer: SFTTrainer) -> Iterator[None]:
-    plan = trainer.plan if isinstance(trainer, PackedTrainer) else None
-    if plan:
-        replayed = None
-        if plan.replay and plan.replayed:
-            replayed = Rows(plan.replayed, trainer.args.per_device_train_batch_size, plan.replay.parts)
-        with packing(
-            trainer.model, True, kept=plan.kept, recompute=plan.recompute, fp8=trainer.engine.fp8, held=plan.held,
-            replayed=replayed,
-        ) as trainer.fused:  # fmt: skip
+    if isinstance(trainer, PackedTrainer) and trainer.plan:
+        way = _way(trainer.plan, trainer.args.per_device_train_batch_size)
+        with packing(trainer.model, True, fp8=trainer.engine.fp8, **way) as trainer.fused:
             yield
         return
     with packing(trainer.model) if isinstance(trainer, PackedTrainer) else nullcontext():
         yield
+
+
+def _way(plan: Plan, documents: int) -> dict[str, Any]:
+    """How the fused layers go by this plan, with so many documents a step."""
+    replayed = Rows(plan.replayed, documents, plan.replay.parts) if plan.replay and plan.replayed else None
+    return {"kept": plan.kept, "recompute": plan.recompute, "held": plan.held, "replayed": replayed}
 
 
 def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTConfig:
