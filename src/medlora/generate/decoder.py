@@ -10,9 +10,10 @@ Shapes: T tokens of a pass, D hidden, H query heads, K key heads, C head size, V
 
 # torch leaves Tensor.split untyped
 # mypy: allow-untyped-calls
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medlora.generate.cache import BLOCK, Cache
-from medlora.generate.weights import Choice, Nf4, Norm, Projection, Unknown, half, weight_of
+from medlora.generate.weights import Choice, Nf4, Norm, Projection, Unknown, Weight, half, weight_of
 from medlora.kernels.attention import Documents, Tails, attention, flash_takes, tail_attention
 from medlora.kernels.rms_norm import rms_norm
 from medlora.kernels.rope import rope_
@@ -29,6 +30,7 @@ from medlora.model.base import FAMILIES
 from medlora.model.memory import free_bytes
 
 MOVING_ROPE = ("dynamic", "longrope")  # tables that change with the length
+PACKERS = 4  # each holds a module's weights in float32 three times
 
 
 class Span(NamedTuple):
@@ -62,6 +64,17 @@ class Layer(NamedTuple):
     down: Projection
 
 
+def _together(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What they return, done on several cores: FBGEMM packs a weight on one."""
+
+    def done(job: Callable[[], Any]) -> Any:
+        with torch.no_grad():  # a thread's own matter
+            return job()
+
+    with ThreadPoolExecutor(min(PACKERS, torch.get_num_threads())) as pool:
+        return list(pool.map(done, jobs))
+
+
 class Decoder:
     """The weights of a loaded model and every adapter on it.
 
@@ -88,8 +101,11 @@ class Decoder:
             self.for_steps = (
                 self.device.type == "cpu" and self.dtype != torch.float32 and size < free_bytes(self.device) / 8
             )
-            self.layers = [self._layer(layer) for layer in self.model.layers]
-            self.head = weight_of([causal.lm_head], self.dtype)
+            jobs: list[Callable[[], Any]] = [partial(weight_of, [causal.lm_head], self.dtype)]
+            jobs += [partial(self._layer, layer) for layer in self.model.layers]
+            made = _together(jobs) if self.device.type == "cpu" else [job() for job in jobs]
+            self.head: Weight = made[0]
+            self.layers: list[Layer] = made[1:]
             self.step_head = half([causal.lm_head], causal.lm_head.bias) if self.for_steps else None
         self.projections = [p for layer in self.layers for p in layer if isinstance(p, Projection)]
         alike: dict[str, Tensor] = {}
