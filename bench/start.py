@@ -21,21 +21,22 @@ STAGES = ("imported", "loaded", "first step")
 
 
 def ours(model: str, folder: Path, _: str) -> list[float]:
-    from medlora.cli.options import importing
+    import click
+    from cpu_training import SETTINGS
+
+    from medlora.cli.imports import importing
     from medlora.privacy import quiet
+    from medlora.recipe import load_recipe
 
     quiet(offline=True)
-    with importing():
+    more = [f"base.model={model}", "prompt.template=llama2", "training.max_steps=1"]
+    recipe = load_recipe("demo", [*SETTINGS, *more])
+    with click.Context(click.Command("train")).scope(cleanup=False), importing(recipe.base):
         from medlora.train import run
     stages = [time.time()]
 
-    from cpu_training import SETTINGS
-
-    from medlora.recipe import load_recipe
-
-    more = [f"base.model={model}", "prompt.template=llama2", "training.max_steps=1"]
-    prepared = run.prepare(load_recipe("demo", [*SETTINGS, *more]))
-    recipe, rows = prepared.recipe, prepared.corpus.train
+    prepared = run.prepare(recipe)
+    rows = prepared.corpus.train
     base = run.load_model(prepared.base, recipe.base)
     stages.append(now())
     tuned = run.add_lora(base, recipe.lora, recipe.training.seed).train()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from medlora import cli, doctor
-from medlora.cli.options import importing
+from medlora.cli.imports import importing
 from medlora.errors import MedloraError
 from medlora.generate.answer import NOTICE
 from medlora.train import run

@@ -1,14 +1,18 @@
 """The streaming loader against `from_pretrained`, bit for bit, on a CPU; its cache; what it leaves to Transformers."""
 
 import json
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 
+from medlora.errors import ModelError
 from medlora.model import stream
 from medlora.model.base import resolve
+from medlora.model.load import load_model, read_ahead
 from medlora.model.stream import Unusual, load_nf4
 from medlora.recipe import Base
 
@@ -172,6 +176,82 @@ def test_the_host_holds_one_piece_at_a_time(llama_folder: Path, cache: Path, mon
     assert_same(ours(llama_folder), theirs(llama_folder))
     (kept,) = cache.iterdir()
     assert_same(theirs(kept, low_cpu_mem_usage=True), theirs(llama_folder))
+
+
+def ahead(folder: Path, on: torch.device = CPU) -> Any:
+    return stream.read_ahead(resolve(Base(model=str(folder))), False, torch.bfloat16, on)
+
+
+def test_what_is_read_ahead_is_not_read_again(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead(llama_folder)()
+    assert not stream.AHEAD, "nothing is kept yet"
+    ours(llama_folder)
+    end = ahead(llama_folder)
+    (reading,) = stream.AHEAD.values()
+    reading.result()
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_tensors", None)  # or it would be called
+        assert_same(ours(llama_folder), theirs(llama_folder))
+        assert not stream.AHEAD
+    end()
+    assert_same(ours(llama_folder), theirs(llama_folder))
+
+
+def test_reading_ahead_ends_when_it_is_told_to(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours(llama_folder)
+    goes_on, tensors = Event(), stream._tensors
+
+    def waiting(*args: Any) -> Any:
+        for each in tensors(*args):
+            goes_on.wait()
+            yield each
+
+    monkeypatch.setattr(stream, "_tensors", waiting)
+    end = ahead(llama_folder)
+    (reading,) = stream.AHEAD.values()
+    end()
+    goes_on.set()
+    assert len(reading.result()) == 1 and not stream.AHEAD
+
+
+def test_what_goes_wrong_while_reading_ahead_is_told_when_it_is_asked_for(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_of = partial(load_model, resolve(Base(model=str(llama_folder))), Base(model=str(llama_folder)), CPU)
+    model_of()
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(stream, "_tensors", full)
+    ahead(llama_folder)
+    with pytest.raises(ModelError, match="too large for the memory of cpu"):
+        model_of()
+    assert not stream.AHEAD
+
+
+def test_without_a_gpu_a_base_is_only_looked_for(llama_folder: Path) -> None:
+    ours(llama_folder)
+    end = read_ahead(Base(model=str(llama_folder)))
+    assert bool(stream.AHEAD) == torch.cuda.is_available()
+    end()
+    with pytest.raises(ModelError, match="no such folder"):
+        read_ahead(Base(model="/nowhere"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_base_is_read_ahead_of_its_load(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Base(model=str(llama_folder))
+    first = load_model(resolve(base), base).state_dict()
+    end = read_ahead(base)
+    (reading,) = stream.AHEAD.values()
+    reading.result()
+    monkeypatch.setattr(stream, "_tensors", None)
+    second = load_model(resolve(base), base).state_dict()
+    end()
+    assert not stream.AHEAD and first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.gpu

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from medlora.cli.options import Command, importing, offline
+from medlora.cli.imports import importing, without_gc
+from medlora.cli.options import Command, offline
 from medlora.errors import RunError
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def _sampling(command: Command) -> Command:
         click.option("--max-new-tokens", type=click.IntRange(1), help="Longest answer, in tokens.  [default: 300]"),
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this share only."),
         click.option("--temperature", type=click.FloatRange(0), help="0 is greedy.  [default: 0]"),
+        click.option(
+            "--template", type=click.Choice(["llama2"]), help="Chat template where the model brings none of its own."
+        ),
         click.option("--base", "base", metavar="MODEL", help="Base model: embedded, a hub id, a folder or a .gguf."),
         click.option(
             "--adapter",
@@ -116,16 +120,19 @@ def chat(**options: Any) -> None:
 
 
 def _assistant(options: dict[str, Any]) -> "tuple[Assistant, Sampling]":
-    from medlora.recipe import Base
+    with without_gc():
+        from medlora.model.adapter import base_of, find_adapter
+        from medlora.recipe import Base, Prompt
 
-    adapter = options["adapter"] or (None if options["base"] else _newest_run())
-    with importing():
+    given = options["adapter"] or (None if options["base"] else _newest_run())
+    adapter = find_adapter(given) if given else None
+    base = Base(model=options["base"]) if options["base"] else base_of(adapter) if adapter else Base()
+    with importing(base):
         from medlora.generate.answer import Assistant
         from medlora.generate.sampling import Sampling
-        from medlora.model.adapter import find_adapter
 
-    base = Base(model=options["base"]) if options["base"] else None
-    assistant = Assistant.load(find_adapter(adapter) if adapter else None, base)
+    prompt = Prompt(template=options["template"]) if options["template"] else None
+    assistant = Assistant.load(adapter, base, prompt)
     if assistant.slow:
         click.echo(f"(decoding through Transformers, which is slower: {assistant.slow})", err=True)
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "seed", "regex", "stop")

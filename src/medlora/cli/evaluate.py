@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from medlora.cli.options import importing, offline
+from medlora.cli.imports import importing
+from medlora.cli.options import offline
 from medlora.errors import DataError
 
 

@@ -4,7 +4,8 @@ import json
 
 import click
 
-from medlora.cli.options import importing, offline
+from medlora.cli.imports import without_gc
+from medlora.cli.options import offline
 from medlora.errors import RecipeError
 
 
@@ -52,7 +53,7 @@ def recipes_show(recipe: str, resolved: bool, overrides: tuple[str, ...], as_jso
 @offline
 def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Versions, device, memory, and which model sizes this machine can train."""
-    with importing():
+    with without_gc():
         from medlora import doctor as examination
         from medlora.recipe import load_recipe
 

@@ -1,9 +1,7 @@
 """What several commands share: options, and the one way to end with an error."""
 
-import gc
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
@@ -16,17 +14,6 @@ Command = Callable[..., Any]
 def fail(message: str, code: int) -> NoReturn:
     click.echo(f"error: {message}", err=True)
     sys.exit(code)
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """What imports make stays, and looking it through for garbage takes a fifth of their time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def offline(command: Command) -> Command:

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from medlora.cli.options import fail, importing, offline
+from medlora.cli.imports import importing
+from medlora.cli.options import fail, offline
 from medlora.errors import RecipeError, RunError
 
 
@@ -46,7 +47,7 @@ def train(
         return
     loaded = None if resume else load_recipe(recipe or "", overrides)
 
-    with importing():
+    with importing(loaded.base if loaded else None):
         from medlora.report.page import write_report
         from medlora.train import run
 

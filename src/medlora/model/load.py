@@ -6,13 +6,15 @@ hold the same values, and leave the codes for the next start.
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from medlora.errors import ModelError
-from medlora.model.base import Resolved, _unloadable, load_config
+from medlora.model import stream
+from medlora.model.base import Resolved, _unloadable, load_config, resolve
 from medlora.model.stream import Unusual, load_nf4
 from medlora.recipe import Base
 
@@ -32,6 +34,19 @@ def compute_dtype(base: Base, on: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def read_ahead(base: Base) -> Callable[[], None]:
+    """Begin, in a thread, to read onto the GPU what an earlier start kept of this base: `load_model` then finds it
+    there. For callers who have yet to import Transformers, which takes seconds. What is returned ends that.
+
+    Raises:
+        ModelError, AssetError: as `resolve`.
+    """
+    resolved, on = resolve(base), device()
+    if base.quantization != "nf4" or on.type != "cuda":  # on a CPU dequantising takes most of the time
+        return lambda: None
+    return stream.read_ahead(resolved, base.double_quant, compute_dtype(base, on), on)
 
 
 def load_model(resolved: Resolved, base: Base, on: torch.device | None = None) -> Any:

@@ -6,7 +6,8 @@ that buffer, the device never a second tensor in 16 bits.
 
 The result goes to MEDLORA_HOME/quantised in bitsandbytes' own serialised form, which Transformers loads too, under
 a name that tells bases, dtypes and quantisations apart. The next run reads a quarter of the bytes and
-quantises nothing. What is unusual about a base raises `Unusual`, and the caller loads it through Transformers.
+quantises nothing; it can do so in a thread (`read_ahead`) before Transformers, whose import takes longer, is there.
+What is unusual about a base raises `Unusual`, and the caller loads it through Transformers.
 """
 
 # torch leaves split untyped
@@ -18,9 +19,11 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -36,6 +39,8 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PIECE = 2**26  # bytes that the host holds of a tensor
+AHEAD: dict[tuple[Path, torch.device], Future[dict[str, Tensor]]] = {}
+"""What `read_ahead` reads, and nothing else; by the cached folder and the device."""
 READ = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 
 
@@ -49,12 +54,11 @@ def load_nf4(resolved: Resolved, quantization: Any, dtype: torch.dtype, on: torc
     Raises:
         Unusual: an architecture, a file layout or a weight that this loader does not know.
     """
-    folder = _folder(resolved)
-    base = Resolved(str(folder), None, None, resolved.trust_remote_code)
-    config = load_config(base)
+    base = _local(resolved, fetch=not is_offline())
+    folder, config = Path(base.path), load_config(base)
     if config.model_type not in FAMILIES or getattr(config, "quantization_config", None):
         raise Unusual(f"{config.model_type} is not a plain base of the LLaMA family")
-    cached = home() / "quantised" / _key(base, quantization, dtype)
+    cached = _cached(base, quantization.bnb_4bit_use_double_quant, dtype)
     if _is_whole(cached):
         model = _skeleton(config, quantization, dtype, on)
         _read_quantised(model, cached, on)
@@ -66,26 +70,57 @@ def load_nf4(resolved: Resolved, quantization: Any, dtype: torch.dtype, on: torc
     return model
 
 
-def _folder(resolved: Resolved) -> Path:
+def read_ahead(resolved: Resolved, double_quant: bool, dtype: torch.dtype, on: torch.device) -> Callable[[], None]:
+    """Begin to read the base that an earlier start quantised onto its device, for `load_nf4` to find it there. What is
+    returned ends that, and forgets what was read but not asked for."""
+    stop = Event()
+
+    def end() -> None:
+        stop.set()
+        AHEAD.clear()
+
+    try:
+        cached = _cached(_local(resolved, fetch=False), double_quant, dtype)
+    except Unusual:
+        return end
+    if _is_whole(cached):
+        pool = ThreadPoolExecutor(1, "read-ahead")
+        AHEAD[cached, on] = pool.submit(_held, cached, on, stop)
+        pool.shutdown(wait=False)
+    return end
+
+
+def _held(cached: Path, on: torch.device, stop: Event | None = None) -> dict[str, Tensor]:
+    """{name: tensor on the device}; some of them, once `stop` is set."""
+    held = {}
+    for shard in _shards(cached):
+        for name, tensor in _tensors(shard, None, on):
+            held[name] = tensor
+            if stop and stop.is_set():
+                return held
+    return held
+
+
+def _local(resolved: Resolved, *, fetch: bool) -> Resolved:
+    """The base in its folder."""
     if resolved.gguf_file:
         raise Unusual("it is a GGUF file")
     if resolved.is_local:
-        return Path(resolved.path)
+        return resolved
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(
-                resolved.path, revision=resolved.revision, allow_patterns=READ, local_files_only=is_offline()
-            )
+        folder = snapshot_download(
+            resolved.path, revision=resolved.revision, allow_patterns=READ, local_files_only=not fetch
         )
+        return Resolved(folder, None, None, resolved.trust_remote_code)
     except OSError as error:  # Transformers will say it better
         raise Unusual(f"the hub did not give it ({type(error).__name__})") from None
 
 
-def _key(base: Resolved, quantization: Any, dtype: torch.dtype) -> str:
-    settings = [fingerprint(base), quantization.to_json_string(), str(dtype), version("bitsandbytes")]
-    return hashlib.sha256("\n".join(settings).encode()).hexdigest()[:32]
+def _cached(base: Resolved, double_quant: bool, dtype: torch.dtype) -> Path:
+    settings = [fingerprint(base), f"nf4, double {double_quant}", str(dtype), version("bitsandbytes")]
+    return home() / "quantised" / hashlib.sha256("\n".join(settings).encode()).hexdigest()[:32]
 
 
 def _skeleton(config: Any, quantization: Any, dtype: torch.dtype, on: torch.device) -> Any:
@@ -143,7 +178,8 @@ def _set(model: Any, name: str, tensor: Tensor) -> None:
 def _read_quantised(model: Any, folder: Path, on: torch.device) -> None:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    held = {name: tensor for shard in _shards(folder) for name, tensor in _tensors(shard, None, on)}
+    ahead = AHEAD.pop((folder, on), None)
+    held = ahead.result() if ahead else _held(folder, on)
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit):
             weight = held.pop(f"{path}.weight")
