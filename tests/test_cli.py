@@ -202,6 +202,17 @@ def test_the_adapter_of_another_base_is_refused(medlora: Cli, adapter: Path, emb
     assert code == 4 and "trained on another base" in err
 
 
+def test_a_base_without_a_chat_template_is_given_one_and_no_other_model_is(
+    medlora: Cli, adapter: Path, llama_folder: Path
+) -> None:
+    asked = ("ask", "hi", "--max-new-tokens", "2")
+    code, _, err = medlora(*asked, "--base", llama_folder)
+    assert code == 2 and "--template llama2" in err
+    assert medlora(*asked, "--base", llama_folder, "--template", "llama2")[0] == 0
+    code, _, err = medlora(*asked, "--adapter", adapter, "--template", "llama2")
+    assert code == 2 and "leave out --template" in err
+
+
 def test_train_prints_the_manifest_as_json(medlora: Cli, toy: Callable[..., Any]) -> None:
     toy()
     code, out, _ = medlora("train", "toy.yaml", "--set", "training.max_steps=1", "--json", "--output", "out")

@@ -49,7 +49,10 @@ def prepare_tokenizer(tokenizer: Tokenizer, prompt: Prompt) -> Tokenizer:
     tokenizer.padding_side = "right"
     template = LLAMA2 if prompt.template == "llama2" else tokenizer.chat_template
     if not template:
-        raise RecipeError("prompt.template: the base has no chat template of its own; set prompt.template=llama2")
+        raise RecipeError(
+            "prompt.template: the base has no chat template of its own; set prompt.template=llama2, or ask with "
+            "--template llama2"
+        )
     if prompt.system:
         head = "{%- if messages[0]['role'] != 'system' -%}{%- set messages = [{'role': 'system', 'content': "
         template = head + repr(prompt.system) + "}] + messages -%}{%- endif -%}" + template

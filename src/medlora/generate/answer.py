@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from medlora.data.prompts import Tokenizer, prepare_tokenizer, prompt_ids
-from medlora.errors import ModelError
+from medlora.errors import ModelError, RecipeError
 from medlora.generate.constrain import Grammars
 from medlora.generate.engine import Engine
 from medlora.generate.request import Request, Token
@@ -55,14 +55,21 @@ class Assistant:
     def load(cls, adapter: Path | None = None, base: Base | None = None, prompt: Prompt | None = None) -> "Assistant":
         """From an adapter folder (its base is known), or an untuned base.
 
+        Args:
+            prompt: the chat template, where neither the adapter nor the base brings one.
+
         Raises:
             ModelError: as `resolve`, `load_model` and `load_adapter`.
+            RecipeError: there is no chat template, or `prompt` is for an adapter that was trained with one.
         """
         base = base or (base_of(adapter) if adapter else Base())
         resolved = resolve(base)
-        tokenizer = load_tokenizer(resolved, adapter if adapter and (adapter / "tokenizer.json").is_file() else None)
-        if adapter is None or not tokenizer.chat_template:
+        own = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
+        tokenizer = load_tokenizer(resolved, own)
+        if not own or not tokenizer.chat_template:
             tokenizer = prepare_tokenizer(tokenizer, prompt or Prompt())
+        elif prompt:
+            raise RecipeError(f"{adapter}: it answers by the chat template it was trained with; leave out --template")
         model = load_model(resolved, base).eval()
         return cls(load_adapter(model, adapter, resolved) if adapter else model, tokenizer)
 
