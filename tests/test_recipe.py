@@ -21,7 +21,7 @@ Write = Callable[..., Path]
         ("lora:\n  r: 0\n", ["line 2", "lora.r", "greater than or equal to 1", "0 given"]),
         ("lora:\n  lora_dropout: 1.5\n", ["line 2", "lora.lora_dropout", "less than 1", "1.5 given"]),
         ("training:\n  max_steps: -3\n", ["line 2", "training.max_steps", "-3 given"]),
-        ("training:\n  max_steps: many\n", ["training.max_steps", "integer", "'many' given"]),
+        ("training:\n  max_steps: many\n", ["training.max_steps", "must be an integer", "'many' given"]),
         ("training:\n  max_steps: 2.5\n", ["training.max_steps", "2.5 given"]),
         ("training:\n  max_steps: true\n", ["training.max_steps", "True given"]),
         ("prompt:\n  template: lama2\n", ["prompt.template", "base, llama2", "did you mean `llama2`"]),

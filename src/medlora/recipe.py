@@ -309,8 +309,8 @@ def _reason(problem: dict[str, Any], path: list[str]) -> str:
     if kind == "model_type":
         return f"must be a section with fields of its own; {value!r} given"
     given = "" if isinstance(value, dict) else f"; {value!r} given"
-    message: str = problem["msg"]
-    return message.replace("Input should", "must").replace("must be a valid", "must be a") + given
+    message: str = problem["msg"].replace("Input should", "must")
+    return re.sub("be a valid ([aeiou]?)", lambda found: f"be a{'n' * bool(found[1])} {found[1]}", message) + given
 
 
 def _did_you_mean(word: str, allowed: list[str]) -> str:
