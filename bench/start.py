@@ -5,7 +5,7 @@
 Each start is a process of its own and trains one step of the original script's recipe (LoRA r 64 on q and v, dropout
 0.1, batch 2, accumulation 2) on the embedded data, over the embedded base or that of --model. Shown are the seconds
 since the process was started until all is imported, until the base is on its device in NF4, and until the step is done.
-medlora's first start finds no quantised base, the others do.
+medlora's first start finds no quantised base; the others do and, on a GPU, read it while they import.
 """
 
 import argparse
