@@ -30,7 +30,7 @@ Write = Callable[..., Path]
         ("lora:\n  r: 4\n  r: 8\n", ["line 3", "`r` is given twice"]),
         ("lora: [unclosed\n", ["line"]),
         ("- a\n- b\n", ["mapping", "lora"]),
-        ("training: {max_steps: 5, warmup_steps: 5}\n", ["warmup_steps (5)", "max_steps (5)"]),
+        ("training: {max_steps: 5, warmup_steps: 5}\n", ["warmup_steps (5)", "max_steps (5)", "warmup_steps=0"]),
         ("data: {columns: {prompt: q}}\n", ["`prompt` and `completion` go together"]),
         ("data: {columns: {text: t, messages: m}}\n", ["not more than one"]),
         ("lora: {target_modules: 5}\n", ["target_modules", "all-linear", "5 given"]),

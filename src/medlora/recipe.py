@@ -140,7 +140,10 @@ class Training(Section):
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
         if self.warmup_steps >= self.max_steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps})")
+            raise ValueError(
+                f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps}); for a short run set "
+                "training.warmup_steps=0"
+            )
         return self
 
     @model_validator(mode="after")
