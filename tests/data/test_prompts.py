@@ -102,6 +102,24 @@ def test_raw_text_in_inst_form_can_train_its_answer_alone(tokenizer: Any) -> Non
         encode(tokenizer, [Record("r:1", "no answer is marked", (), "g")], prompt)
 
 
+@pytest.mark.parametrize("backed", [True, False])
+def test_many_rows_are_the_ids_that_each_has_alone(
+    backed: bool, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the tokenizer last cut or padded, and where it is no fast one."""
+    alone, whole = ["Gout.", "é 関節 <s>", "", "a </s> b  c"], Prompt(loss_on="all")
+    expected = [tokenizer(text)["input_ids"] for text in alone]
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["a b c d"], truncation=True, max_length=2, padding="max_length")
+    if not backed:
+        monkeypatch.setattr(type(tokenizer), "backend_tokenizer", None)
+    records = [Record(f"r:{i}", text, (), "g") for i, text in enumerate(alone)]
+    found = [example.input_ids for example in encode(tokenizer, records, whole)]
+    eos = tokenizer.eos_token_id
+    assert found[:3] == [[*ids, eos] for ids in expected[:3]] and len(found[1]) > 3
+    assert found[3] == expected[3][: expected[3].index(eos) + 1]
+
+
 def test_a_base_without_a_template_says_what_to_do(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(RecipeError, match="set prompt.template=llama2"):
