@@ -98,11 +98,11 @@ def test_the_loss_of_a_row_is_cross_entropy_over_its_labels(assistant: Any) -> N
 
 
 CASES = [
-    ("pubmedqa", "pubmedqa", "pubmedqa/ori_pqal_dev.json.gz", "pubmedqa/ori_pqal_dev.json.gz", 4, 0),
-    ("medqa", "medqa", "medqa/phrases_no_exclude_sample.jsonl", "medqa/phrases_no_exclude_sample.jsonl", 4, 0),
-    ("medmcqa", "medmcqa", "medmcqa/dev_sample.json", "medmcqa/dev_sample.json", 6, 0),
-    ("mmlu", "mmlu_anatomy", "mmlu", "mmlu/val/anatomy_val.csv", 6, 0),
-    ("mmlu", "mmlu_anatomy", "mmlu", "mmlu/val/anatomy_val.csv", 3, 5),
+    ("pubmedqa", "pubmedqa", "pubmedqa/ori_pqal_dev.json.gz", "pubmedqa/ori_pqal_dev.json.gz", 3, 0),
+    ("medqa", "medqa", "medqa/phrases_no_exclude_sample.jsonl", "medqa/phrases_no_exclude_sample.jsonl", 3, 0),
+    ("medmcqa", "medmcqa", "medmcqa/dev_sample.json", "medmcqa/dev_sample.json", 4, 0),
+    ("mmlu", "mmlu_anatomy", "mmlu", "mmlu/val/anatomy_val.csv", 4, 0),
+    ("mmlu", "mmlu_anatomy", "mmlu", "mmlu/val/anatomy_val.csv", 2, 5),
 ]
 
 
