@@ -121,9 +121,7 @@ def main(capability, half):
     from triton.backends.compiler import GPUTarget
 
     types = {"tl.tensor": "*bf16", "tl.constexpr": "constexpr", "int": "i32", "tl.int64": "i64", "float": "fp32"}
-    # what served before already fitted a smaller memory
-    earlier = 0 if capability == max(SHARED) else max((card for card in SHARED if card < capability), default=0)
-    serving = [case for case in CASES if earlier <= max(SINCE.get(case[0], 0), SINCE.get(case[1], 0)) <= capability]
+    serving = [case for case in CASES if max(SINCE.get(case[0], 0), SINCE.get(case[1], 0)) <= capability]
     for module, name, pointers, constants, how in serving[half::2]:
         options = {"num_warps": how} if isinstance(how, int) else {k: v for k, v in how.items() if k.islower()}
         more = {} if isinstance(how, int) else {k: v for k, v in how.items() if k.isupper()}
