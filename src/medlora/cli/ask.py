@@ -126,7 +126,7 @@ def _assistant(options: dict[str, Any]) -> "tuple[Assistant, Sampling]":
 
     given = options["adapter"] or (None if options["base"] else _newest_run())
     adapter = find_adapter(given) if given else None
-    base = Base(model=options["base"]) if options["base"] else base_of(adapter) if adapter else Base()
+    base = Base(model=options["base"]) if options["base"] else base_of(adapter)
     with importing(base):
         from medlora.generate.answer import Assistant
         from medlora.generate.sampling import Sampling

@@ -89,7 +89,9 @@ def _models_searched_once() -> None:
     search = import_utils.define_import_structure
     found = search(Path(transformers.__file__).parent / "models", prefix="models")  # remembered as a whole
     names = {
-        backends: {name[7:]: objects for name, objects in each.items() if name.startswith("models.")}
+        backends: {
+            name.removeprefix("models."): objects for name, objects in each.items() if name.startswith("models.")
+        }
         for backends, each in found.items()
     }
     import_utils.define_import_structure = lambda path: names

@@ -113,10 +113,10 @@ def _token_ids(tokenizer: Tokenizer, texts: Sequence[Text]) -> Iterator[list[int
         chosen = [text for text, each in texts if each == special]
         if not chosen:
             return iter(())
-        tokenizer(chosen[:1], add_special_tokens=special)  # sets the fast one up, if it is one: neither cut nor padded
         fast = getattr(tokenizer, "backend_tokenizer", None)
         if fast is None:
             return iter(tokenizer(chosen, add_special_tokens=special)["input_ids"])
+        tokenizer(chosen[:1], add_special_tokens=special)  # sets the fast one up: neither cut nor padded
         # without where each token lies and what else nobody asks for
         return (found.ids for found in fast.encode_batch_fast(chosen, add_special_tokens=special))
 

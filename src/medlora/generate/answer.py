@@ -62,7 +62,7 @@ class Assistant:
             ModelError: as `resolve`, `load_model` and `load_adapter`.
             RecipeError: there is no chat template, or `prompt` is for an adapter that was trained with one.
         """
-        base = base or (base_of(adapter) if adapter else Base())
+        base = base or base_of(adapter)
         resolved = resolve(base)
         own = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
         tokenizer = load_tokenizer(resolved, own)

@@ -66,12 +66,14 @@ def find_adapter(path: str | Path) -> Path:
     raise ModelError(f"{path}: no adapter here (adapter_config.json); give a run folder or its adapter/ folder")
 
 
-def base_of(adapter: Path) -> Base:
-    """The base that an adapter was trained on, loaded as it was in training.
+def base_of(adapter: Path | None) -> Base:
+    """The base that an adapter was trained on, loaded as it was in training; without one the embedded base.
 
     Raises:
         ModelError: the adapter names none.
     """
+    if adapter is None:
+        return Base()
     if (adapter / MANIFEST).is_file():
         return Base.model_validate(json.loads((adapter / MANIFEST).read_text(encoding="utf-8"))["base"])
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
