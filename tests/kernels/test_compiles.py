@@ -43,7 +43,7 @@ CASES = [  # module, kernel, pointers, constants, warps or all that is launched 
     ("rope", "_rope_kernel", {}, {"INVERSE": True, "VALUES": True, "Q_HEADS": 32, "K_HEADS": 8, "HALF": 64}, 4),
     ("swiglu", "_forward_kernel", {}, {"BLOCK": 1024}, 4),
     ("swiglu", "_backward_kernel", {}, {"AGAIN": True, "BLOCK": 1024}, 4),
-    ("swiglu", "_adapted_forward_kernel", {}, {"Q": 64, "ROWS": 32, "COLUMNS": 64}, 4),
+    ("swiglu", "_adapted_forward_kernel", {}, {"Q": 64, "ROWS": 64, "COLUMNS": 64}, 8),
     ("swiglu", "_adapted_backward_kernel", SUMS | tiles(32, 64, 64), ADAPTED | {"R": 64, "Q": 64, "AGAIN": False}, 4),
     ("swiglu", "_adapted_backward_kernel", SUMS | tiles(32, 64, 16), ADAPTED | {"R": 16, "Q": 16, "BELOW": False}, 4),
     ("swiglu", "_adapted_backward_kernel", SUMS | tiles(32, 64, 16), ADAPTED | {"R": 16, "Q": 16, "ABOVE": False}, 4),

@@ -18,8 +18,8 @@ def _copy_kernel(table: tl.tensor, source: tl.tensor, target: tl.tensor, SHARE: 
     entry = table + 5 * tl.program_id(1)
     x = tl.load(entry).to(tl.pointer_type(source.dtype.element_ty))
     y = tl.load(entry + 1).to(tl.pointer_type(target.dtype.element_ty))
-    size, columns, row = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
-    at = tl.program_id(0) * SHARE + tl.arange(0, SHARE)
+    size, columns, row = tl.load(entry + 2), tl.load(entry + 3).to(tl.int32), tl.load(entry + 4)
+    at = tl.program_id(0) * SHARE + tl.arange(0, SHARE)  # by 64 bits a division would take longer than memory does
     inside = at < size
     tl.store(y + at // columns * row + at % columns, tl.load(x + at, inside).to(target.dtype.element_ty), inside)
 

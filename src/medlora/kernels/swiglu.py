@@ -32,7 +32,8 @@ from .reference import Pair
 BLOCK = 1024  # elements a program: 8 a thread, one 16-byte access in bf16
 RANKS = (16, 32, 64)  # that the tensor cores take and registers hold
 MULTIPLE = 16  # bytes, by which descriptors count
-ROWS = 32  # of a tile, so that a multiprocessor holds the registers of two programs and more
+ROWS = 32  # of a tile backward, so that a multiprocessor holds the registers of two programs and more
+FORWARD = {2: (64, 8), 4: (32, 4)}  # rows of a tile and warps forward, by the bytes of an element
 FORWARD_PROGRAMS = 2048  # which fill an H100 some three times
 BACKWARD_AT_ONCE = 264  # programs, on an H100
 MOST_SHARES = 16
@@ -300,12 +301,12 @@ def swiglu_adapted(gate: Tensor, up: Tensor, h: Tensor, b: Tensor, out: Tensor |
     _check(gate, up, y, None, (h, b))
     if not use_triton(gate):
         return y.copy_(reference.swiglu(*reference.adapted(gate, up, h, b)))
-    (T, F), Q, columns = gate.shape, b.shape[2], 64
+    (T, F), Q, columns, (rows, warps) = gate.shape, b.shape[2], 64, FORWARD[gate.element_size()]
     blocks = ceil_div(F, columns)
-    parts, share = _shares(T, max(1, FORWARD_PROGRAMS // blocks))
+    parts, share = _shares(T, max(1, FORWARD_PROGRAMS // blocks), rows)
     _adapted_forward_kernel[(blocks, parts)](
         gate, up, h, b, y, gate.stride(0), h.stride(0), b.stride(0), b.stride(1), y.stride(0), T, F, share,
-        Q=Q, ROWS=ROWS, COLUMNS=columns, num_warps=4,
+        Q=Q, ROWS=rows, COLUMNS=columns, num_warps=warps,
     )  # fmt: skip
     return y
 
@@ -341,7 +342,7 @@ def swiglu_adapted_backward(
     (dh, a), (h, b) = above or (grad, grad), below or (gate, grad[None])
     R, Q = len(a) if above else b.shape[2], b.shape[2] if below else len(a)
     blocks = ceil_div(F, columns)
-    parts, share = _shares(T, _evenest(T, F, blocks))
+    parts, share = _shares(T, _evenest(T, F, blocks), ROWS)
     da = torch.empty(parts, R, F, dtype=torch.float32, device=gate.device) if above else None
     db = torch.empty(parts, 2, F, Q, dtype=torch.float32, device=gate.device) if below else None
     of = TensorDescriptor.from_tensor
@@ -360,9 +361,9 @@ def _evenest(T: int, F: int, blocks: int) -> int:
     return min(range(1, MOST_SHARES + 1), key=lambda n: ceil_div(blocks * n, BACKWARD_AT_ONCE) / n + SUMS * n * F / T)
 
 
-def _shares(T: int, wanted: int) -> tuple[int, int]:
+def _shares(T: int, wanted: int, rows: int) -> tuple[int, int]:
     """(shares of the rows, rows of a share): whole tiles."""
-    share = ceil_div(ceil_div(T, wanted), ROWS) * ROWS
+    share = ceil_div(ceil_div(T, wanted), rows) * rows
     return ceil_div(T, share), share
 
 
