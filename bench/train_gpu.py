@@ -4,7 +4,8 @@
     python bench/train_gpu.py --data train.jsonl.gz --model FOLDER ...
     python bench/train_gpu.py ... --memory      the memory plan's predictions beside measured peaks
     python bench/train_gpu.py ... --card 8      as if the card had 8 GiB, and peers as for L
-    python bench/train_gpu.py --tiny            a rehearsal on a CPU; also with --memory
+    python bench/train_gpu.py ... --gpus 2      each step shared among so many, by TRL's sides as torchrun has it
+    python bench/train_gpu.py --tiny            a rehearsal on a CPU; also with --memory or --gpus
 
 Without --model the base has Llama-2-7B's exact shape, or that of --shape, and random weights (`bases.py`). All
 sides take an NF4 base and LoRA r 64 in bfloat16 and the same rows in the same order; each runs in a process of
@@ -32,6 +33,7 @@ import argparse
 import gc
 import gzip
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -41,6 +43,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,6 +58,7 @@ NEEDS = {"liger": "liger_kernel", "unsloth": "unsloth"}
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FULL = 2048
 SCRIPT = 100  # steps of the original script
+MEETINGS = count()
 GIB = 2**30
 
 
@@ -147,29 +151,33 @@ def our_recipe(setting: Setting, rows: list[Any], steps: int, *more: str) -> Any
     ])  # fmt: skip
 
 
-def our_engine(model: Any, recipe: Any, rows: list[Any]) -> Any:
+def our_engine(model: Any, recipe: Any, rows: list[Any], gpus: int) -> Any:
     """The engine; on a CPU that of a GPU, so that a rehearsal runs what is measured."""
     from medlora.model.plan import Shape, Work, plans
     from medlora.train.trainer import Engine, choose_engine
 
     if torch.cuda.is_available():
-        return choose_engine(model, recipe, rows)
-    found = plans(Shape.of(model.config), Work.of(recipe, rows))
+        return choose_engine(model, recipe, rows, gpus)
+    found = plans(Shape.of(model.config), Work.of(recipe, rows, gpus))
     return Engine(True, "a rehearsal", tuple(found), recipe.training.fp8, 10**12)
 
 
-def ours(model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps: int, folder: Path) -> Any:
+def ours(
+    model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps: int, folder: Path, team: Any = None
+) -> Any:
     from medlora.model.adapter import add_lora
     from medlora.train.trainer import make_trainer
 
     recipe = our_recipe(setting, rows, steps)
     model = add_lora(model, recipe.lora, 42).train()
-    engine = our_engine(model, recipe, rows)
+    engine = our_engine(model, recipe, rows, team.size if team else 1)
     print(engine.why, engine.plan.describe(engine.capacity) if engine.plan else "", file=sys.stderr)
-    return make_trainer(recipe, model, tokenizer, rows, engine, folder, [])
+    return make_trainer(recipe, model, tokenizer, rows, engine, folder, [], team)
 
 
-def theirs(model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps: int, folder: Path, side: str) -> Any:
+def theirs(
+    model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps: int, folder: Path, side: str, gpus: int
+) -> Any:
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
@@ -181,7 +189,7 @@ def theirs(model: Any, tokenizer: Any, rows: list[Any], setting: Setting, steps:
         use_rslora=True, task_type="CAUSAL_LM",
     )  # fmt: skip
     arguments = SFTConfig(
-        output_dir=str(folder), per_device_train_batch_size=setting.batch, max_steps=steps,
+        output_dir=str(folder), per_device_train_batch_size=setting.batch // gpus, max_steps=steps,
         gradient_accumulation_steps=setting.accumulation, gradient_checkpointing=recompute and side != "unsloth",
         gradient_checkpointing_kwargs={"use_reentrant": False}, learning_rate=1e-4, logging_steps=1, seed=42,
         bf16=True, use_cpu=not torch.cuda.is_available(), use_liger_kernel=side == "liger", report_to=[],
@@ -294,10 +302,15 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
     fresh()
     with TemporaryDirectory() as folder:
         common = (model, tokenizer, rows, setting, steps, Path(folder))
-        trainer = ours(*common) if side == "medlora" else theirs(*common, side)
+        team = team_of(arguments) if side == "medlora" and arguments.gpus > 1 else None
+        trainer = ours(*common, team) if side == "medlora" else theirs(*common, side, arguments.gpus)
         clock = Clock(trainer, arguments.profile)
-        with running(trainer) if side == "medlora" else nullcontext():
+        with team.group() if team else nullcontext(), running(trainer) if side == "medlora" else nullcontext():
             trainer.train()
+    if side != "medlora" and arguments.gpus > 1:  # each saw its own rows
+        every = torch.tensor(clock.tokens, device=trainer.args.device)
+        torch.distributed.all_reduce(every)
+        clock.tokens = every.tolist()
     if side != "unsloth":
         model.gradient_checkpointing_disable()
         trainer.model.unload()
@@ -318,6 +331,12 @@ def measure(side: str, setting: Setting, model: Any, tokenizer: Any, arguments: 
         "loss": statistics.mean(losses),
         "steps": list(zip(clock.tokens, clock.seconds, strict=True)),
     }
+
+
+def team_of(arguments: Any) -> Any:
+    from medlora.train.parallel import Team
+
+    return Team(arguments.rank, arguments.gpus, arguments.meeting / str(next(MEETINGS)))
 
 
 def measure_memory(model: Any, tokenizer: Any, arguments: Any) -> dict[str, Any]:
@@ -395,6 +414,18 @@ def run_side(arguments: Any) -> dict[str, Any]:
     return results
 
 
+def take_place(side: str) -> int:
+    """This process's rank, on a GPU of its own. Transformers follows torchrun's variables; medlora has its own way."""
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    if side == "medlora":
+        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")[rank]
+    elif torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    return rank
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="jsonl.gz with question and answer")
@@ -407,17 +438,22 @@ def main() -> None:
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--profile", action="store_true", help="print the kernels of the last step")
+    parser.add_argument("--gpus", type=int, default=1, help="that share each step")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--meeting", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         from medlora.privacy import quiet
 
         quiet(compiler=True)
+        arguments.rank = take_place(arguments.side)
         if arguments.side == "unsloth":
             import unsloth  # noqa: F401  before transformers, which it rewrites
-        print(json.dumps(run_side(arguments)))
+        found = run_side(arguments)
+        if arguments.rank == 0:
+            print(json.dumps(found))
         return
     with TemporaryDirectory(dir=_fast_folder()) as folder:
         if not arguments.model:
@@ -461,13 +497,15 @@ def report_memory(found: dict[str, Any]) -> None:
 
 
 def _run(side: str, model: Path, arguments: Any) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--side", side, "--model", str(model)]
-    command += ["--settings", arguments.settings]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(arguments.gpus)] if arguments.gpus > 1 else []
+    command = [sys.executable, *torchrun, __file__, "--side", side, "--model", str(model)]
+    command += ["--settings", arguments.settings, "--gpus", str(arguments.gpus)]
     flags = {"--tiny": arguments.tiny, "--profile": arguments.profile, "--memory": arguments.memory}
     command += ["--steps", str(arguments.steps), *(["--data", str(arguments.data)] if arguments.data else [])]
     command += [flag for flag, on in flags.items() if on]
     command += ["--card", str(arguments.card)] if arguments.card else []
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    with TemporaryDirectory() as meeting:
+        done = subprocess.run([*command, "--meeting", meeting], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         return {name: {"error": f"exit status {done.returncode}"} for name in arguments.settings}
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

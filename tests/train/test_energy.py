@@ -56,9 +56,9 @@ def nvml(*readings: int, failed: int = 0) -> Any:
 def test_nvml_counts_in_millijoules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid="ab-cd"))
-    used = energy.gpu(nvml(1_000, 251_000))
+    used = energy.gpu(library=nvml(1_000, 251_000))
     assert used is not None and used() == pytest.approx(250.0)
-    assert energy.gpu(nvml(0, failed=3)) is None  # NVML_ERROR_NOT_SUPPORTED
+    assert energy.gpu(library=nvml(0, failed=3)) is None  # NVML_ERROR_NOT_SUPPORTED
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from medlora.cli.evaluate import evaluate
 from medlora.cli.info import doctor, recipes
 from medlora.cli.options import fail
 from medlora.cli.report import compare, report
-from medlora.cli.train import train
+from medlora.cli.train import follow, train
 from medlora.errors import MedloraError, ModelError
 
 
@@ -53,5 +53,5 @@ def cli() -> None:
     """
 
 
-for command in (train, evaluate, ask, chat, report, compare, recipes, doctor):
+for command in (train, follow, evaluate, ask, chat, report, compare, recipes, doctor):
     cli.add_command(command)

@@ -18,6 +18,7 @@ from medlora.errors import RecipeError, RunError
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Run folder.  [default: runs/NAME]")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="RUN", help="Go on with an interrupted run.")
+@click.option("--gpus", type=click.IntRange(1), default=1, metavar="N", help="Share each step among N GPUs.")
 @click.option("--preview", is_flag=True, help="Show one row token by token, with what is trained, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the run's manifest as JSON.")
 @offline
@@ -26,6 +27,7 @@ def train(
     overrides: tuple[str, ...],
     output: Path | None,
     resume: Path | None,
+    gpus: int,
     preview: bool,
     as_json: bool,
 ) -> None:
@@ -34,6 +36,7 @@ def train(
     \b
     medlora train demo
     medlora train my.yaml --set training.max_steps=50 --set lora.r=16
+    medlora train my.yaml --gpus 2
     medlora train --resume runs/demo
     """
     from medlora.recipe import load_recipe
@@ -54,7 +57,7 @@ def train(
     def say(line: str) -> None:
         click.echo(line, err=as_json)
 
-    result = run.resume(resume, say) if resume else run.train(loaded, output, say)  # type: ignore[arg-type]
+    result = run.resume(resume, say, gpus) if resume else run.train(loaded, output, say, gpus)  # type: ignore[arg-type]
     if as_json:
         click.echo(json.dumps(result.manifest, indent=2, ensure_ascii=False))
     else:
@@ -65,6 +68,25 @@ def train(
             f"stopped at step {result.manifest['steps']}; go on with: medlora train --resume {result.folder}",
             130,
         )
+
+
+@click.command(hidden=True)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("rank", type=int)
+@click.argument("gpus", type=int)
+@click.argument("meeting", type=click.Path(path_type=Path))
+@click.argument("fingerprint")
+@click.argument("optim")
+@click.argument("checkpoint")
+@offline
+def follow(folder: Path, **rest: Any) -> None:
+    """What `train --gpus` starts beside itself."""
+    from medlora.recipe import load_recipe
+
+    with importing(load_recipe(folder / "recipe.yaml").base):
+        from medlora.train import parallel
+
+    parallel.follow(folder, **rest)
 
 
 def _preview(recipe: Any) -> None:

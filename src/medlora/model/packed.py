@@ -156,13 +156,13 @@ def split(batch: Batch, limit: int) -> list[Batch]:
     lengths = [stop - start for start, stop in pairwise(batch["borders"])]
     rows = -(-sum(lengths) // limit)
     while True:
-        parts = _dealt(lengths, rows)
+        parts = dealt(lengths, rows)
         if rows >= len(lengths) or max(sum(lengths[d] for d in part) for part in parts) <= limit:
-            return [batch] if len(parts) == 1 else [_only(batch, part) for part in parts]
+            return [batch] if len(parts) == 1 else [only(batch, part) for part in parts]
         rows += 1
 
 
-def _dealt(lengths: list[int], rows: int) -> list[list[int]]:
+def dealt(lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Documents by index, the longest first, each to the part that has fewest tokens; parts without any left out."""
     parts: list[list[int]] = [[] for _ in range(rows)]
     totals = [0] * rows
@@ -173,7 +173,8 @@ def _dealt(lengths: list[int], rows: int) -> list[list[int]]:
     return [part for part in parts if part]
 
 
-def _only(batch: Batch, documents: list[int]) -> Batch:
+def only(batch: Batch, documents: list[int]) -> Batch:
+    """Some of a packed row's documents as a packed row."""
     borders = batch["borders"]
     spans = [slice(borders[d], borders[d + 1]) for d in documents]
     taken = {name: torch.cat([batch[name][:, span] for span in spans], 1) for name in PER_TOKEN}

@@ -29,6 +29,7 @@ from medlora.kernels.product import LONG
 from medlora.model.fused import Recompute
 from medlora.model.graphs import ROUND, rounded
 from medlora.model.memory import free_bytes
+from medlora.model.packed import dealt
 from medlora.recipe import Recipe
 
 GIB = 2**30
@@ -154,24 +155,26 @@ class Work:
     on_gpu: bool = True
     host: float = math.inf
     """Bytes of host memory that are free."""
+    gpus: int = 1
+    """That share every step: what is said here of steps is one's share."""
     flops: float = FLOPS
     """Of the device's products, a second."""
     tiled: bool = True
     """Attention passes by tiles, where heads and rows allow it."""
 
     @classmethod
-    def of(cls, recipe: Recipe, train: Sequence[Example] = (), **device: Any) -> "Work":
+    def of(cls, recipe: Recipe, train: Sequence[Example] = (), gpus: int = 1, **device: Any) -> "Work":
         """The largest step that the rows can make; without rows, one of rows of full length."""
         samples = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
         lengths = [len(row.input_ids) for row in train] or [recipe.data.max_length] * samples
         starts = range(0, len(lengths), samples)
         some = starts[:: -(-len(starts) // SOME)]
-        steps = tuple(sorted(sum(lengths[i : i + samples]) for i in some))
+        steps = tuple(sorted(_share(lengths[i : i + samples], gpus) for i in some))
         lengths.sort(reverse=True)
         longest, alike, uniform = lengths[0], lengths[0] == lengths[:samples][-1], lengths[0] == lengths[-1]
         return cls(
-            recipe=recipe, tokens=sum(lengths[:samples]), longest=longest, steps=steps, alike=alike, uniform=uniform,
-            **device,
+            recipe=recipe, tokens=_share(lengths[:samples], gpus), longest=longest, steps=steps, alike=alike,
+            uniform=uniform, gpus=gpus, **device,
         )  # fmt: skip
 
     @property
@@ -183,7 +186,12 @@ class Work:
     @property
     def samples(self) -> int:
         training = self.recipe.training
-        return training.per_device_train_batch_size * training.gradient_accumulation_steps
+        return -(-training.per_device_train_batch_size * training.gradient_accumulation_steps // self.gpus)
+
+
+def _share(lengths: Sequence[int], gpus: int) -> int:
+    """Tokens of the largest."""
+    return max(sum(lengths[d] for d in part) for part in dealt(lengths, gpus))
 
 
 class Lengths(NamedTuple):
@@ -407,9 +415,10 @@ def _adapter_bytes(shape: Shape, work: Work, recompute: Recompute, optim: str, r
     """Bytes of what is trained and how, and of a chunk of logits."""
     trained, logits = _trained(shape, work), _logits(shape, work)
     copies = work.width if work.on_gpu else 0
-    # at the end of such a step, where its peak is, all gradients are there, and no logits; of others a further row
-    # begins with the gradients of those before it
-    late = max(4 * trained, logits) if recompute == "offload" else logits + 4 * trained * (rows > 1)
+    # at the end of such a step, where its peak is, all gradients are there, those to be shared a second time, and no
+    # logits; of others a further row begins with the gradients of those before it
+    gathered = 4 * trained * (1 + (work.gpus > 1))
+    late = max(gathered, logits) if recompute == "offload" else logits + 4 * trained * (rows > 1)
     return trained * (4 + STATE[optim] + copies) + late
 
 
@@ -568,7 +577,11 @@ def plans(shape: Shape, work: Work) -> list[Plan]:
         for rows in cuts for recompute in allowed for keep in keeps for optim in _optims(work)
     ]  # fmt: skip
     # wherever `offload` is allowed `full` is too, so something stays
-    found = [p for p in found if p.recompute != "offload" or host_bytes(shape, work, p.row_tokens) <= work.host / 2]
+    found = [
+        p
+        for p in found
+        if p.recompute != "offload" or host_bytes(shape, work, p.row_tokens) <= work.host / 2 / work.gpus
+    ]
     return sorted(found, key=_rank)
 
 

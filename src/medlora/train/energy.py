@@ -11,18 +11,24 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class Meter:
-    """Context manager; afterwards `joules` is what was used inside it, or None where the device does not say."""
+    """Context manager; afterwards `joules` is what was used inside it, or None where the device does not say.
 
-    def __init__(self) -> None:
+    Args:
+        gpus: how many are at work, the current device and those after it.
+    """
+
+    def __init__(self, gpus: int = 1) -> None:
         self.joules: float | None = None
-        self._used: Callable[[], float] | None = None
+        self.gpus = gpus
+        self._used: list[Callable[[], float] | None] = []
 
     def __enter__(self) -> "Meter":
-        self._used = gpu() if torch.cuda.is_available() else cpu()
+        self._used = [gpu(i) for i in range(self.gpus)] if torch.cuda.is_available() else [cpu()]
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.joules = self._used() if self._used else None
+        used = [each() for each in self._used if each]
+        self.joules = sum(used) if len(used) == len(self._used) else None
 
 
 def cpu(folder: Path = POWERCAP) -> Callable[[], float] | None:
@@ -43,14 +49,15 @@ def cpu(folder: Path = POWERCAP) -> Callable[[], float] | None:
     return used
 
 
-def gpu(library: Any = None) -> Callable[[], float] | None:
-    """Joules that the current CUDA device uses from now on (Volta and later); None where NVML does not count them."""
+def gpu(after: int = 0, library: Any = None) -> Callable[[], float] | None:
+    """Joules that a CUDA device, so many after the current one, uses from now on (Volta and later); None where NVML
+    does not count them."""
     try:
         nvml = library or ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return None
     device = ctypes.c_void_p()
-    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}".encode()
+    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device() + after).uuid}".encode()
     if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(device)):
         return None
 

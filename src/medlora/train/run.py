@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from medlora.recipe import Recipe, load_recipe
 from medlora.train import manifest as manifests
 from medlora.train.callbacks import Interrupt, Watch, tensorboard
 from medlora.train.energy import Meter
-from medlora.train.trainer import PackedTrainer, choose_engine, make_trainer, running
+from medlora.train.parallel import Team, beside, enough
+from medlora.train.trainer import PackedTrainer, choose_engine, make_trainer, running, takes_whole_steps
 
 Say = Callable[[str], None]
 
@@ -65,12 +67,16 @@ def prepare(recipe: Recipe) -> Prepared:
     return Prepared(recipe, base, tokenizer, build(recipe, tokenizer))
 
 
-def train(recipe: Recipe, output: Path | None = None, say: Say = print) -> Result:
+def train(recipe: Recipe, output: Path | None = None, say: Say = print, gpus: int = 1) -> Result:
     """Run a recipe in a new folder.
 
+    Args:
+        gpus: how many share every step, the first of those that are visible.
+
     Raises:
-        RunError: `output` holds files. Others as `prepare`.
+        RunError: `output` holds files, or so many GPUs cannot be used. Others as `prepare`.
     """
+    enough(recipe, gpus)
     prepared = prepare(recipe)
     folder = manifests.new_folder(recipe.name, output)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
@@ -93,24 +99,26 @@ def train(recipe: Recipe, output: Path | None = None, say: Say = print) -> Resul
         "seed": recipe.training.seed,
     }
     manifests.write(folder, record)
-    return _run(prepared, folder, record, None, say)
+    return _run(prepared, folder, record, None, say, gpus)
 
 
-def resume(folder: Path, say: Say = print) -> Result:
-    """Go on with an interrupted run from its last checkpoint.
+def resume(folder: Path, say: Say = print, gpus: int = 1) -> Result:
+    """Go on with an interrupted run from its last checkpoint, on as many GPUs as before or not.
 
     Raises:
-        RunError: no run here, a finished one, no checkpoint, or data that has changed since.
+        RunError: no run here, a finished one, no checkpoint, or data that has changed since; or as `train`.
     """
     record = manifests.read(folder)
     if record["status"] == "finished":
         raise RunError(f"{folder}: this run is finished; start a new one with `medlora train RECIPE`")
     checkpoint = _last_checkpoint(folder)
-    prepared = prepare(load_recipe(folder / "recipe.yaml"))
+    recipe = load_recipe(folder / "recipe.yaml")
+    enough(recipe, gpus)
+    prepared = prepare(recipe)
     if prepared.corpus.fingerprint != record["data"]["sha256"]:
         raise RunError(f"{folder}: the data has changed since this run began; restore it, or start a new run")
     say(f"Going on from {checkpoint}")
-    return _run(prepared, folder, record | {"status": "running"}, checkpoint, say)
+    return _run(prepared, folder, record | {"status": "running"}, checkpoint, say, gpus)
 
 
 def _last_checkpoint(folder: Path) -> Path:
@@ -121,7 +129,9 @@ def _last_checkpoint(folder: Path) -> Path:
     return whole[-1]
 
 
-def _run(prepared: Prepared, folder: Path, record: dict[str, Any], checkpoint: Path | None, say: Say) -> Result:
+def _run(
+    prepared: Prepared, folder: Path, record: dict[str, Any], checkpoint: Path | None, say: Say, gpus: int
+) -> Result:
     recipe, corpus = prepared.recipe, prepared.corpus
     for line in corpus.summary():
         say(line)
@@ -129,19 +139,23 @@ def _run(prepared: Prepared, folder: Path, record: dict[str, Any], checkpoint: P
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if record.setdefault("trainable_parameters", trainable) != trainable:
         raise RunError(f"{folder}: the adapter had {record['trainable_parameters']:,} weights, now {trainable:,}")
-    engine = choose_engine(model, recipe, corpus.train)
-    say(f"{trainable:,} trainable weights on {_device_name()}; engine {engine.why}")
+    engine = choose_engine(model, recipe, corpus.train, gpus)
+    if gpus > 1 and not takes_whole_steps(engine, model.device):
+        raise RunError(f"--gpus {gpus}: one GPU trains this, by the engine {engine.why}; leave --gpus out")
+    device = f"{gpus} x {_device_name()}" if gpus > 1 else _device_name()
+    say(f"{trainable:,} trainable weights on {device}; engine {engine.why}")
     if engine.plan:
-        say(f"Plan: {engine.plan.describe(engine.capacity)}")
-    record |= {"device": _device_name(), "engine": engine.why}
+        say(f"Plan{', each GPU' * (gpus > 1)}: {engine.plan.describe(engine.capacity)}")
+    record |= {"device": device, "engine": engine.why}
 
+    optim = engine.plan.optim if engine.plan else recipe.training.optim
+    others = beside(folder, gpus, corpus.fingerprint, optim, checkpoint) if gpus > 1 else nullcontext()
     assistant = Assistant(model, prepared.tokenizer)
-    before = record.get("before")
-    if recipe.evaluation.before_and_after and before is None:
-        before = record["before"] = _measure(recipe, corpus, assistant, "before", tuned=False)
-        assistant.release()
-
-    finished = _optimise(prepared, model, engine, folder, record, checkpoint)
+    with others as team:
+        if recipe.evaluation.before_and_after and "before" not in record:
+            record["before"] = _measure(recipe, corpus, assistant, "before", tuned=False)
+            assistant.release()
+        finished = _optimise(prepared, model, engine, folder, record, checkpoint, team)
     save_adapter(model, prepared.tokenizer, folder / "adapter", prepared.base, recipe.base)
     record["loss_history"] = manifests.history(folder)
     if finished and recipe.evaluation.before_and_after:
@@ -157,7 +171,13 @@ def _run(prepared: Prepared, folder: Path, record: dict[str, Any], checkpoint: P
 
 
 def _optimise(
-    prepared: Prepared, model: Any, engine: Any, folder: Path, record: dict[str, Any], checkpoint: Path | None
+    prepared: Prepared,
+    model: Any,
+    engine: Any,
+    folder: Path,
+    record: dict[str, Any],
+    checkpoint: Path | None,
+    team: Team | None,
 ) -> bool:
     """Train to the last step, or to Ctrl-C. True when the last step was reached."""
     recipe = prepared.recipe
@@ -175,11 +195,12 @@ def _optimise(
             engine,
             folder / "checkpoints",
             [interrupt, watch],  # whose clock stops to save
+            team,
         )
         if recipe.training.tensorboard:
             trainer.add_callback(tensorboard(folder / "tensorboard"))
         _count_tokens(trainer, watch)
-        with running(trainer), Meter() as meter:
+        with team.group() if team else nullcontext(), running(trainer), Meter(team.size if team else 1) as meter:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.eval()
     record["training_seconds"] = round(record.get("training_seconds", 0) + time.monotonic() - started, 1)

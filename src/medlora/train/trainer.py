@@ -26,6 +26,7 @@ from medlora.model.load import compute_dtype
 from medlora.model.packed import Batch, pack, packed_loss, packing, split, unfused, unsupported
 from medlora.model.plan import Plan, Shape, Work, capacity_of, choose, fall_back, plans, resources
 from medlora.recipe import Recipe
+from medlora.train.parallel import Team
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,11 @@ class Engine:
         return choose(self.plans, self.capacity) if self.plans else None
 
 
-def choose_engine(model: Any, recipe: Recipe, train: Sequence[Example] = ()) -> Engine:
+def choose_engine(model: Any, recipe: Recipe, train: Sequence[Example] = (), gpus: int = 1) -> Engine:
     """Which path trains this model, and how it fits the memory, by the longest of the rows that it will see.
+
+    Args:
+        gpus: how many share every step.
 
     Raises:
         RecipeError: training.fp8 where it cannot run.
@@ -65,8 +69,13 @@ def choose_engine(model: Any, recipe: Recipe, train: Sequence[Example] = ()) -> 
     if slower:
         on_gpu = model.device.type == "cuda"
         return Engine(True, f"{why}; Transformers' layers rather than fused ones, since {slower}" if on_gpu else why)
-    work = Work.of(recipe, train, **resources(model.device, model.get_input_embeddings().weight.element_size()))
+    work = Work.of(recipe, train, gpus, **resources(model.device, model.get_input_embeddings().weight.element_size()))
     return Engine(True, why, tuple(plans(Shape.of(model.config), work)), fp8, _capacity(recipe, model.device))
+
+
+def takes_whole_steps(engine: Engine, device: torch.device) -> bool:
+    """Whether the samples of a step pass together, rather than micro-batch by micro-batch."""
+    return engine.packed and (device.type == "cpu" or engine.plan is not None)
 
 
 def _capacity(recipe: Recipe, device: torch.device) -> int:
@@ -83,6 +92,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     engine: Engine
     plan: Plan | None = None
     fused: Fused | None = None
+    team: Team | None = None
+    """The processes that share every step, where there are several."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -99,6 +110,15 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             model.train()
         if self.fused:  # graphs would take what the optimizer's state needs, which is not there before its first step
             self.fused.replays = bool(self.optimizer.state)
+        if self.team is None:
+            return self._passed(model, inputs, num_items_in_batch)
+        self.team.gradients = None  # of the last step
+        mine, total = self.team.share(inputs), _labelled(inputs, num_items_in_batch)
+        with self.team.draws():
+            loss = self._passed(model, mine, total) if mine else torch.zeros((), device=self.model.device)
+        return self.team.added_up([p for p in model.parameters() if p.requires_grad], loss)
+
+    def _passed(self, model: Any, inputs: Batch, num_items_in_batch: Any) -> Tensor:
         while True:
             draws = torch.get_rng_state()
             try:
@@ -111,9 +131,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _rows(self, model: Any, inputs: Batch, num_items_in_batch: Any) -> Tensor:
         """Forward and backward of each row; the summed loss."""
-        losses, total = [], num_items_in_batch
-        if total is None:
-            total = sum(inputs["labelled"]) * self.current_gradient_accumulation_steps
+        losses, total = [], _labelled(inputs, num_items_in_batch, self.current_gradient_accumulation_steps)
         for row in split(inputs, self.plan.row_tokens if self.plan else inputs["borders"][-1]):
             loss = self.compute_loss(model, row, num_items_in_batch=total)
             self.accelerator.backward(loss)
@@ -133,7 +151,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         """As torch does, but in one piece where gradients lie end to end: hundreds take the host longer than a short
         row's passes."""
         graphs = self.fused.graphs if self.fused else None
-        gradients = graphs.gradients if graphs else None
+        gradients = self.team.gradients if self.team else graphs.gradients if graphs else None
         if gradients is None:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
@@ -159,6 +177,11 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         return loss / (predicted if num_items_in_batch is None else num_items_in_batch)
 
 
+def _labelled(inputs: Batch, counted: Any, accumulated: int = 1) -> Any:
+    """How many tokens the loss is the mean of; Transformers counts none where a model takes no such number."""
+    return sum(inputs["labelled"]) * accumulated if counted is None else counted
+
+
 def make_trainer(
     recipe: Recipe,
     model: Any,
@@ -167,6 +190,7 @@ def make_trainer(
     engine: Engine,
     folder: Path,
     callbacks: Sequence[Any],
+    team: Team | None = None,
 ) -> SFTTrainer:
     """The trainer of a run; checkpoints go below `folder`."""
     from transformers import PrinterCallback, ProgressCallback
@@ -182,7 +206,7 @@ def make_trainer(
     if engine.packed or trainer.args.fp16:
         _widen(trainer.model)
     if isinstance(trainer, PackedTrainer):
-        trainer.engine, trainer.plan = engine, engine.plan
+        trainer.engine, trainer.plan, trainer.team = engine, engine.plan, team
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -237,9 +261,9 @@ def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTC
     on_cpu = model.device.type == "cpu"
     dtype = compute_dtype(recipe.base, model.device)
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    whole_step = engine.packed and (on_cpu or engine.plan is not None)
+    whole_step = takes_whole_steps(engine, model.device)
     recompute = training.gradient_checkpointing is True and engine.plan is None
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=batch * accumulation if whole_step else batch,
         gradient_accumulation_steps=1 if whole_step else accumulation,
@@ -267,3 +291,5 @@ def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTC
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several Transformers would make replicas, which TRL refuses
+    return arguments
