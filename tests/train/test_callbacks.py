@@ -1,6 +1,8 @@
-"""The clock of a run, beside a device that lags behind the host."""
+"""The clock of a run, beside a device that lags behind the host; and what ends a run early."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from medlora.train import callbacks
-from medlora.train.callbacks import Watch
+from medlora.train.callbacks import Interrupt, Watch
 
 
 class Device:
@@ -65,3 +67,27 @@ def test_the_last_step_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
         watch.on_step_end(None, None, control)
     watch.on_train_end(None, None, control)
     assert watch.seconds == 30
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_what_ends_a_process_ends_it_after_the_step(sent: str, capfd: pytest.CaptureFixture[str]) -> None:
+    state, control = SimpleNamespace(global_step=3, max_steps=9), SimpleNamespace(should_save=False)
+    before = [signal.getsignal(number) for number in callbacks.ENDINGS]
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), getattr(signal, sent))
+        os.kill(os.getpid(), signal.SIGTERM)  # as where a session ends
+        interrupt.on_step_end(None, state, control)
+        assert control.should_save and control.should_training_stop
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in callbacks.ENDINGS] == before
+
+
+def test_what_nohup_ignores_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupt.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import distributed
 
 from medlora.data.prompts import Example
-from medlora.errors import DataError, RunError
+from medlora.errors import DataError, ModelError, RunError
 from medlora.model.packed import PER_TOKEN, pack
 from medlora.model.plan import Work
 from medlora.train import parallel, run
@@ -94,6 +94,15 @@ def test_each_drops_out_by_itself_and_all_shuffle_alike() -> None:
             own.append(torch.rand(rank + 3)[:3].tolist())
         after.append(torch.rand(3).tolist())
     assert own[0] != own[1] and after[0] == after[1] not in own
+
+
+def test_gradients_that_cannot_be_shared_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise distributed.DistBackendError("NCCL error: no space left in /dev/shm\nLast error:")
+
+    monkeypatch.setattr(distributed, "all_reduce", full)
+    with pytest.raises(ModelError, match=r"no space left in /dev/shm \(NCCL_DEBUG=INFO"):
+        Team(0, 2, Path()).added_up([torch.nn.Parameter(torch.zeros(3))], torch.zeros(()))
 
 
 def test_the_plan_is_for_a_share(toy: Toy) -> None:

@@ -1,7 +1,9 @@
-"""What watches a run: the progress bar, the metrics file, and a Ctrl-C that saves before it stops."""
+"""What watches a run: the progress bar, the metrics file, and a Ctrl-C, or its like, that saves before it stops."""
 
 import json
+import os
 import signal
+import stat
 import time
 from pathlib import Path
 from types import FrameType
@@ -12,6 +14,9 @@ from transformers import TrainerCallback
 
 from medlora.errors import RecipeError
 from medlora.progress import Bar
+
+LOST = getattr(signal, "SIGHUP", None)  # not on Windows
+ENDINGS = [number for number in (signal.SIGINT, signal.SIGTERM, LOST) if number]
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
@@ -77,22 +82,31 @@ def _number(value: Any) -> Any:
 
 
 class Interrupt(TrainerCallback):  # type: ignore[misc]
-    """The first Ctrl-C finishes the step, writes a checkpoint and stops; a second one stops at once."""
+    """The first Ctrl-C finishes the step, writes a checkpoint and stops; a second one stops at once. What a scheduler
+    or a lost connection sends does as the first, unless it is ignored, as nohup has it."""
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        for number in ENDINGS:
+            if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == LOST:  # the terminal, which takes nothing any more; a file does
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                if stat.S_ISCHR(os.fstat(stream).st_mode):
+                    os.dup2(nowhere, stream)
         self.asked = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -9,6 +9,7 @@ import json
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,15 @@ def new_folder(name: str, output: Path | None) -> Path:
     """
     if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output}: already holds files; choose another --output, or go on with --resume {output}")
-    folder, number = output or Path("runs") / name, 1
-    while output is None and folder.exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be made: {error.strerror}; choose another --output") from None
+    numbered = (Path("runs") / (f"{name}-{number}" if number > 1 else name) for number in count(1))
+    for folder in [output] if output else numbered:
+        try:
+            folder.mkdir(parents=True, exist_ok=output is not None)
+            break
+        except OSError as error:
+            if output is None and isinstance(error, FileExistsError):  # taken, by a run that starts just now perhaps
+                continue
+            raise RunError(f"{folder}: cannot be made: {error.strerror}; choose another --output") from None
     return folder
 
 

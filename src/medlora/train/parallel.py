@@ -74,11 +74,19 @@ class Team:
             yield
 
     def added_up(self, weights: Sequence[Any], loss: Tensor) -> Tensor:
-        """The loss of all shares; every weight's gradient becomes that of all shares too."""
+        """The loss of all shares; every weight's gradient becomes that of all shares too.
+
+        Raises:
+            ModelError: the library that moves them fails.
+        """
         mine = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
         every = torch.cat([g.flatten() for g in mine] + [loss.to(mine[0].dtype).reshape(1)])
         sizes = [g.numel() for g in mine]
-        dist.all_reduce(every)
+        try:
+            dist.all_reduce(every)
+        except dist.DistError as error:
+            first = str(error).partition("\n")[0]
+            raise ModelError(f"the GPUs cannot share gradients: {first} (NCCL_DEBUG=INFO tells more)") from None
         self.gradients, total = every[:-1], every[-1].clone()  # who keeps the loss would keep them all
         for weight, grad in zip(weights, self.gradients.split(sizes), strict=True):
             weight.grad = grad.view_as(weight)
