@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +82,18 @@ def test_what_ends_a_process_ends_it_after_the_step(sent: str, capfd: pytest.Cap
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in callbacks.ENDINGS] == before
+
+
+def test_a_run_in_a_thread_leaves_signals_alone() -> None:
+    def enter() -> None:
+        with Interrupt():
+            entered.append([signal.getsignal(number) for number in callbacks.ENDINGS])
+
+    entered: list[Any] = []
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert entered == [[signal.getsignal(number) for number in callbacks.ENDINGS]]
 
 
 def test_what_nohup_ignores_is_ignored() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import stat
+import threading
 import time
 from pathlib import Path
 from types import FrameType
@@ -90,7 +91,8 @@ class Interrupt(TrainerCallback):  # type: ignore[misc]
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Interrupt":
-        for number in ENDINGS:
+        here = threading.current_thread() is threading.main_thread()  # no other one is told
+        for number in ENDINGS * here:
             if number == signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
