@@ -57,6 +57,27 @@ def test_columns_are_mapped_filled_and_detected(write: Write) -> None:
     assert [(r.text, r.where.rpartition(":")[2]) for r in text] == [("one\ntwo", "1"), ("three", "5")]
 
 
+def test_the_formats_that_others_train_on_are_recognised(write: Write) -> None:
+    """With nothing of a question left out."""
+    alpaca = [
+        {"instruction": "Answer truthfully.", "input": "What is gout?", "output": "Arthritis."},
+        {"instruction": "What is gout?", "input": "", "output": "Arthritis."},
+        {"Instruction": "What is gout?", "output": "Arthritis."},
+        {"instruction": "What is gout?", "context": None, "response": "Arthritis.", "category": "closed"},
+    ]
+    source = load(data(write("alpaca.jsonl", "\n".join(map(json.dumps, alpaca)))))
+    first = (("user", "Answer truthfully.\n\nWhat is gout?"), ("assistant", "Arthritis."))
+    assert [record.messages for record in source.records] == [first, GOUT, GOUT, GOUT]
+    assert [columns.prompt for columns in source.columns] == [
+        "{instruction}\n\n{input}", "Instruction", "{instruction}\n\n{context}",
+    ]  # fmt: skip
+    turns = [{"from": who, "value": said} for who, said in zip(("human", "gpt"), dict(GOUT).values(), strict=True)]
+    assert messages(write("sharegpt.json", json.dumps([{"id": 1, "conversations": turns}]))) == [GOUT]
+    assert messages(write("capitals.csv", "Qtype,Question,Answer\ninfo,What is gout?,Arthritis.\n")) == [GOUT]
+    semicolons = write("excel.csv", '\ufeffprompt;completion\r\n"What is gout?";"Arthritis."\r\n')
+    assert messages(semicolons) == [GOUT]
+
+
 def test_medquad_xml_and_a_hub_style_folder(write: Write, tmp_path: Path) -> None:
     xml = """<?xml version="1.0"?><Document source="CDC"><Focus>Gout</Focus><QAPairs><QAPair pid="1">
       <Question qtype="information">What is gout?</Question><Answer>Arthritis.</Answer></QAPair></QAPairs></Document>"""
@@ -106,8 +127,11 @@ def test_damage_gives_one_sentence(write: Write, tmp_path: Path, name: str, cont
 
 def test_a_wrong_column_is_named_with_those_there_are(write: Write) -> None:
     file = write("a.jsonl", ROW)
-    with pytest.raises(DataError, match="no column `frage`; the row has prompt, completion"):
+    way_out = r"no column `frage`; the row has prompt, completion; with --set data.columns=\{\}"
+    with pytest.raises(DataError, match=way_out):
         load(data(file, columns=Columns(prompt="frage", completion="completion")))
+    with pytest.raises(DataError, match="no column `patient`, which data.group names; .* --set data.group=null"):
+        load(data(file, group="patient"))
 
 
 BAD = "\n".join([ROW] * 3 + ["{broken"] + [ROW] * 3)
@@ -130,6 +154,9 @@ def test_a_bad_line_is_skipped_and_named_or_stops_as_the_recipe_says(write: Writ
         (b'{"prompt": "q", "completion": " "}', "`completion` is empty"),
         (b'{"prompt": "q", "completion": 3}', "holds int, not text"),
         (b'{"prompt": "q"}', "no column `completion`"),
+        (b'{"instruction": "", "input": "", "output": "a"}', "is empty"),
+        (b'{"messages": [{"role": "user"}]}', "{role, content} or {from, value} objects"),
+        (b'{"messages": "q"}', "{role, content} or {from, value} objects"),
         (b'["q", "a"]', "a JSON object is expected"),
         (b'{"prompt": "caf\xe9", "completion": "a"}', "not UTF-8"),
     ],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from medlora.data.prompts import Example, Tokenizer, encode, fit
 from medlora.data.sources import Raw, Record, load
 from medlora.data.split import fingerprint, refuse_overlap, split
-from medlora.recipe import Recipe
+from medlora.recipe import Columns, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,8 @@ class Corpus:
     policy: str
     fingerprint: str
     """sha256 of the train and held-out records, before tokenization."""
+    columns: tuple[Columns, ...] = ()
+    """Those that the rows were recognised by."""
 
     @property
     def train_tokens(self) -> int:
@@ -30,6 +32,9 @@ class Corpus:
             f"{len(self.train):,} rows to train on ({self.train_tokens:,} tokens, {trained:,} with loss), "
             f"{len(self.valid):,} held out"
         ]
+        for columns in self.columns:
+            named = columns.model_dump(exclude_none=True).items()
+            lines.append("columns recognised: " + ", ".join(f"{what} from {name!r}" for what, name in named))
         if self.bad:
             shown = "; ".join(f"{raw.where}: {raw.why}" for raw in self.bad[:3])
             lines.append(f"left out {len(self.bad):,} bad rows: {shown}{'; ...' * (len(self.bad) > 3)}")
@@ -39,21 +44,22 @@ class Corpus:
         return lines
 
 
-def read_records(recipe: Recipe) -> tuple[list[Record], list[Record], list[Raw]]:
-    """(train, valid, bad) records, before tokenization.
+def read_records(recipe: Recipe) -> tuple[list[Record], list[Record], list[Raw], tuple[Columns, ...]]:
+    """(train, valid, bad) records, before tokenization, and the columns that they were recognised by.
 
     Raises:
         DataError: as `sources.load`, `split.split` and `split.refuse_overlap`.
     """
     source = load(recipe.data)
-    bad = source.bad
+    bad, columns = source.bad, source.columns
     if recipe.data.valid_path:
         held = load(recipe.data, recipe.data.valid_path)
         train, valid, bad = source.records, held.records, bad + held.bad
+        columns = tuple(dict.fromkeys([*columns, *held.columns]))
         refuse_overlap(train, valid)
     else:
         train, valid = split(source.records, recipe.data.valid_fraction, recipe.data.split_seed)
-    return train[: recipe.data.max_rows], valid[: recipe.evaluation.max_rows], bad
+    return train[: recipe.data.max_rows], valid[: recipe.evaluation.max_rows], bad, columns
 
 
 def build(recipe: Recipe, tokenizer: Tokenizer) -> Corpus:
@@ -62,7 +68,7 @@ def build(recipe: Recipe, tokenizer: Tokenizer) -> Corpus:
     Raises:
         DataError: as `read_records`, `prompts.encode` and `prompts.fit`.
     """
-    train, valid, bad = read_records(recipe)
+    train, valid, bad, columns = read_records(recipe)
     data = recipe.data
     fitted = fit(encode(tokenizer, train, recipe.prompt), data.max_length, data.on_long_row)
     held = fit(encode(tokenizer, valid, recipe.prompt), data.max_length, data.on_long_row) if valid else None
@@ -73,6 +79,7 @@ def build(recipe: Recipe, tokenizer: Tokenizer) -> Corpus:
         long=fitted.long + (held.long if held else 0),
         policy=data.on_long_row,
         fingerprint=fingerprint([*train, *valid]),
+        columns=columns,
     )
 
 

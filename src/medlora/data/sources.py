@@ -10,7 +10,7 @@ import io
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ from medlora.errors import DataError
 from medlora.recipe import EMBEDDED, Columns, Data
 
 TERMS = Path(__file__).parent / "terms" / "medical_terms.jsonl"
+CONVERSATIONS = ("messages", "conversations")
+# What is asked and what is answered. Of an instruction, what it is about may stand apart (Alpaca's and Dolly's files).
+PAIRS = (
+    ("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("instruction", "output"),
+    ("instruction", "response"),
+)  # fmt: skip
+ABOUT = ("input", "context")
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 Message = dict[str, str]
 Row = dict[str, Any]
 
@@ -45,6 +53,8 @@ class Record:
 class Source:
     records: list[Record]
     bad: list[Raw] = field(default_factory=list)
+    columns: tuple[Columns, ...] = ()
+    """Those that the rows were recognised by, where the recipe names none."""
 
 
 def load(data: Data, path: str | None = None) -> Source:
@@ -57,18 +67,29 @@ def load(data: Data, path: str | None = None) -> Source:
     path = path or data.path
     records: list[Record] = []
     bad: list[Raw] = []
-    columns = data.columns
-    if path == EMBEDDED and columns == Columns():
-        columns = Columns(prompt="Please tell me about {term}", completion="text")
+    named = data.columns
+    if path == EMBEDDED and named == Columns():
+        named = Columns(prompt="Please tell me about {term}", completion="text")
+    found: dict[Columns, None] = {}
+    columns = named
     for raw in raw_rows(path, data):
         if raw.row is None:
             bad.append(raw)
-        else:
-            columns = columns if columns != Columns() else _detect(raw.row, path)
-            made = _record(raw.where, raw.row, columns, data.group)
-            records.append(made) if isinstance(made, Record) else bad.append(made)
+            continue
+        if named == Columns():
+            columns = _recognised(raw.row) or columns
+            found[columns] = None
+        if columns == Columns():
+            raise DataError(
+                f"{path}: found the columns {', '.join(map(str, raw.row))}, none of which is known; name them in the "
+                "recipe, for example --set data.columns.prompt=COLUMN --set data.columns.completion=COLUMN"
+            )
+        made = _record(raw.where, raw.row, columns, data.group)
+        if isinstance(made, Raw) and not records and _recognised(raw.row) not in (None, columns):
+            made = replace(made, why=f"{made.why}; with --set data.columns={{}} those of this row are recognised")
+        records.append(made) if isinstance(made, Record) else bad.append(made)
     _judge(path, data, records, bad)
-    return Source(records, bad)
+    return Source(records, bad, tuple(found))
 
 
 def _judge(path: str, data: Data, records: list[Record], bad: list[Raw]) -> None:
@@ -167,8 +188,10 @@ def _json(file: Path) -> Iterator[Raw]:
 
 
 def _csv(file: Path) -> Iterator[Raw]:
-    delimiter = "\t" if ".tsv" in file.suffixes else ","
-    reader = csv.reader(io.StringIO(decoded(file), newline=""), delimiter=delimiter, strict=True)
+    """By whatever its header has most of: Excel writes semicolons where a comma is the decimal sign."""
+    text = decoded(file)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     start = 1
     try:
@@ -251,18 +274,18 @@ def _hub_reason(path: str, data: Data, error: Exception) -> str:
     )
 
 
-def _detect(row: Row, path: str) -> Columns:
-    if "messages" in row:
-        return Columns(messages="messages")
-    for prompt, completion in (("prompt", "completion"), ("question", "answer"), ("instruction", "output")):
-        if prompt in row and completion in row:
-            return Columns(prompt=prompt, completion=completion)
-    if "text" in row:
-        return Columns(text="text")
-    raise DataError(
-        f"{path}: found the columns {', '.join(map(str, row))}, none of which is known; name them in the recipe, "
-        "for example --set data.columns.prompt=COLUMN --set data.columns.completion=COLUMN"
-    )
+def _recognised(row: Row) -> Columns | None:
+    """The columns of a row whose names are known, in capitals or not."""
+    names = {str(name).lower(): str(name) for name in row}
+    for name in CONVERSATIONS:
+        if name in names:
+            return Columns(messages=names[name])
+    for prompt, completion in PAIRS:
+        if prompt in names and completion in names:
+            about = [names[name] for name in ABOUT if name in names and prompt == "instruction"]
+            asked = "\n\n".join(f"{{{name}}}" for name in (names[prompt], *about)) if about else names[prompt]
+            return Columns(prompt=asked, completion=names[completion])
+    return Columns(text=names["text"]) if "text" in names else None
 
 
 def _record(where: str, row: Row, columns: Columns, group_column: str | None) -> Record | Raw:
@@ -276,10 +299,12 @@ def _record(where: str, row: Row, columns: Columns, group_column: str | None) ->
         else:
             messages = ()
         content = text or "\n".join(f"{role}: {said}" for role, said in messages)
-        group = str(_column(row, group_column)) if group_column else content
     except ValueError as error:
         return Raw(where, None, str(error))
-    return Record(where, text, messages, group)
+    if group_column and group_column not in row:
+        why = f"no column `{group_column}`, which data.group names; the row has {', '.join(map(str, row))}"
+        return Raw(where, None, f"{why}; without whole groups: --set data.group=null")
+    return Record(where, text, messages, str(row[group_column]) if group_column else content)
 
 
 def _column(row: Row, name: str) -> Any:
@@ -291,10 +316,11 @@ def _column(row: Row, name: str) -> Any:
 def _cell(row: Row, name: str) -> str:
     if "{" in name:
         try:
-            return name.format_map(row).strip()
+            value = name.format_map({column: "" if held is None else held for column, held in row.items()})
         except (KeyError, ValueError, IndexError) as error:
             raise ValueError(f"`{name}` cannot be filled: no column {error}") from None
-    value = _column(row, name)
+    else:
+        value = _column(row, name)
     if not isinstance(value, str):
         raise ValueError(f"column `{name}` holds {type(value).__name__}, not text")
     if not value.strip():
@@ -304,9 +330,17 @@ def _cell(row: Row, name: str) -> str:
 
 def _conversation(row: Row, name: str) -> tuple[tuple[str, str], ...]:
     turns = _column(row, name)
-    if not isinstance(turns, list) or not all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns):
-        raise ValueError(f"column `{name}` must be a list of {{role, content}} objects")
-    messages = tuple((str(turn["role"]), str(turn["content"]).strip()) for turn in turns)
+    said = [_turn(turn) for turn in turns] if isinstance(turns, list) else [None]
+    messages = tuple((role, content.strip()) for role, content in filter(None, said))
+    if len(messages) < len(said):
+        raise ValueError(f"column `{name}` must be a list of {{role, content}} or {{from, value}} objects")
     if not messages or messages[-1][0] != "assistant" or not messages[-1][1]:
         raise ValueError(f"column `{name}` must end with an answer of the assistant")
     return messages
+
+
+def _turn(turn: Any) -> tuple[str, str] | None:
+    for role, content in (("role", "content"), ("from", "value")):
+        if isinstance(turn, dict) and role in turn and content in turn:
+            return ROLES.get(str(turn[role]), str(turn[role])), str(turn[content])
+    return None

@@ -110,7 +110,7 @@ def _write_overlap(folder: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
     file = folder / OVERLAP
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     texts = {f"{task.name}\0{item.id}": _text(item) for task in tasks for item in task.items}
-    train, _, _ = read_records(recipe)
+    train, *_ = read_records(recipe)
     shares = overlap(texts, (record.text or "\n".join(t for _, t in record.messages) for record in train), N)
     for task in tasks:
         known[task.name] = {item.id: shares[f"{task.name}\0{item.id}"] for item in task.items}
