@@ -31,6 +31,7 @@ Write = Callable[..., Path]
         ("lora: [unclosed\n", ["line"]),
         ("- a\n- b\n", ["mapping", "lora"]),
         ("training: {max_steps: 5, warmup_steps: 5}\n", ["warmup_steps (5)", "max_steps (5)", "warmup_steps=0"]),
+        ("training: {max_steps: 5, num_train_epochs: 2}\n", ["line 1", "max_steps or num_train_epochs, not both"]),
         ("data: {columns: {prompt: q}}\n", ["`prompt` and `completion` go together"]),
         ("data: {columns: {text: t, messages: m}}\n", ["not more than one"]),
         ("lora: {target_modules: 5}\n", ["target_modules", "all-linear", "5 given"]),
@@ -54,6 +55,22 @@ def test_overrides_apply_and_are_named_in_errors(write: Write) -> None:
         load_recipe(file, ["lora.r=0"])
     with pytest.raises(RecipeError, match=r"section\.field=value"):
         load_recipe(file, ["lora.r"])
+
+
+def test_epochs_in_place_of_steps(write: Write) -> None:
+    file = write("r.yaml", "training: {max_steps: 7, warmup_steps: 4, per_device_train_batch_size: 3}\n")
+    by_epochs = load_recipe(file, ["training.num_train_epochs=1.5"])
+    assert load_recipe(write("again.yaml", by_epochs.to_yaml())) == by_epochs
+    for rows, steps in ((24, 6), (25, 8), (30, 8), (31, 9)):  # of six rows, the last of an epoch of fewer
+        lasting = by_epochs.over(rows)
+        assert (lasting.training.max_steps, lasting.training.num_train_epochs) == (steps, None)
+        assert lasting == load_recipe(file, [f"training.max_steps={steps}"])
+    with pytest.raises(RecipeError, match=r"warmup_steps \(4\) must be below max_steps \(3\)"):
+        by_epochs.over(12)
+    back = write("epochs.yaml", "training: {num_train_epochs: 2}\n")
+    assert load_recipe(back, ["training.max_steps=9"]).over(1000).training.max_steps == 9
+    with pytest.raises(RecipeError, match="not both"):
+        load_recipe(file, ["training.num_train_epochs=2", "training.max_steps=9"])
 
 
 def test_missing_and_unreadable_files(write: Write, tmp_path: Path) -> None:

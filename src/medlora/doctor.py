@@ -60,6 +60,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     from medlora.train.run import prepare
 
     prepared, on = prepare(recipe), device()
+    recipe = prepared.recipe
     config = load_config(prepared.base)
     if recipe.training.engine == "plain" or config.model_type not in FAMILIES:
         raise RecipeError(

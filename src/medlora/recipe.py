@@ -6,6 +6,7 @@ the field, the value, and what is allowed.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -65,6 +66,8 @@ class Data(Section):
 
     path: str = EMBEDDED
     """`embedded` (medical terms), a hub id, a file (.jsonl .json .csv .parquet .txt, also .gz), or a folder."""
+    name: str | None = None
+    """Configuration of a hub data set that has several."""
     revision: str | None = None
     split: str = "train"
     """Split of a hub data set."""
@@ -109,6 +112,8 @@ class Training(Section):
     per_device_train_batch_size: int = Field(2, ge=1)
     gradient_accumulation_steps: int = Field(2, ge=1)
     max_steps: int = Field(100, ge=1)
+    num_train_epochs: float | None = Field(None, gt=0)
+    """Passes over the training rows, in place of max_steps."""
     learning_rate: float = Field(2e-4, gt=0)
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: int = Field(0, ge=0)
@@ -138,13 +143,24 @@ class Training(Section):
     tensorboard: bool = False
 
     @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.num_train_epochs is not None and "max_steps" in self.model_fields_set:
+            raise ValueError("give max_steps or num_train_epochs, not both")
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
-        if self.warmup_steps >= self.max_steps:
+        if self.num_train_epochs is None and self.warmup_steps >= self.max_steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be below max_steps ({self.max_steps}); for a short run set "
                 "training.warmup_steps=0"
             )
         return self
+
+    @property
+    def samples(self) -> int:
+        """Rows of an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @model_validator(mode="after")
     def _fp8_is_packed(self) -> Self:
@@ -183,8 +199,27 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     generation: Generation = Generation()
 
+    def over(self, rows: int) -> "Recipe":
+        """With the steps that num_train_epochs takes over so many training rows, counted as Transformers does.
+
+        Raises:
+            RecipeError: warm-up would take all of them.
+        """
+        training = self.training
+        if training.num_train_epochs is None:
+            return self
+        steps = math.ceil(training.num_train_epochs * math.ceil(rows / training.samples))
+        lasting = training.model_dump() | {"max_steps": steps, "num_train_epochs": None}
+        try:
+            return self.model_copy(update={"training": Training.model_validate(lasting)})
+        except ValidationError as error:
+            raise RecipeError(f"training: {error.errors()[0]['ctx']['error']}") from None
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True, width=100)
+        tree = self.model_dump()
+        if self.training.num_train_epochs is not None:
+            del tree["training"]["max_steps"]
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
 
 
 class _Loader(yaml.SafeLoader):
@@ -204,6 +239,9 @@ _Loader.add_implicit_resolver(
 )
 
 
+EITHER = {"max_steps": "num_train_epochs", "num_train_epochs": "max_steps"}
+
+
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `section.field=value` overrides.
 
@@ -217,6 +255,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not UTF-8 text at byte {error.start}; save the recipe as UTF-8") from None
     root, tree = _parse(source, str(file))
+    for override in overrides:  # of what goes one without the other, the file's gives way
+        section, _, name = override.partition("=")[0].strip().rpartition(".")
+        if name in EITHER and isinstance(tree.get(section), dict):
+            tree[section].pop(EITHER[name], None)
     for override in overrides:
         _apply(tree, override)
     try:

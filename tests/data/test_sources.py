@@ -88,6 +88,17 @@ def test_medquad_xml_and_a_hub_style_folder(write: Write, tmp_path: Path) -> Non
     assert messages(tmp_path / "hub") == [GOUT]
 
 
+def test_a_hub_style_folder_of_several_configurations(write: Write) -> None:
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("de", "en"))
+    folder = write("hub/README.md", f"---\nconfigs:\n{configs}---\n").parent
+    for name in ("de", "en"):
+        write(f"hub/{name}.jsonl", ROW.replace("Arthritis", name) + "\n")
+    assert messages(folder, name="en")[0][1] == ("assistant", "en.")
+    for name in (None, "fr"):
+        with pytest.raises(DataError, match=r"set data.name to one of its configurations, \['de', 'en'\]"):
+            load(data(folder, name=name))
+
+
 @pytest.mark.skipif(not MEDQUAD.is_dir(), reason="MedQuAD is not beside this checkout")
 def test_the_published_medquad_collection_is_read_whole() -> None:
     import xml.etree.ElementTree as ET

@@ -134,6 +134,15 @@ def test_resume_refuses_what_is_no_run_or_has_other_data(
         run.resume(tmp_path / "run", quiet)
 
 
+def test_epochs_are_counted_in_steps_before_the_run_begins(toy: Toy, tmp_path: Path) -> None:
+    said: list[str] = []
+    result = run.train(toy("training.num_train_epochs=0.5"), tmp_path / "run", said.append)
+    rows = result.manifest["data"]["train_rows"]
+    assert result.manifest["steps"] == -(-rows // 4) // 2 + (-(-rows // 4) % 2) == 3
+    assert f"3 steps of 4 rows, {12 / rows:.3g} epochs" in said
+    assert load_recipe(result.folder / "recipe.yaml").training.max_steps == 3
+
+
 def test_a_folder_that_holds_a_run_is_never_overwritten(toy: Toy, tmp_path: Path) -> None:
     run.train(toy("training.max_steps=1"), tmp_path / "run", quiet)
     before = (tmp_path / "run" / "manifest.json").read_text()

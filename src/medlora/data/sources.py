@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -256,7 +257,7 @@ def _hub(path: str, data: Data) -> Iterator[Raw]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(path, split=data.split, revision=data.revision)
+        rows = load_dataset(path, data.name, split=data.split, revision=data.revision)
     except Exception as error:  # the hub client has no common base class
         raise DataError(_hub_reason(path, data, error)) from None
     yield from (Raw(f"{path}[{data.split}]:row {number}", dict(row)) for number, row in enumerate(rows, 1))
@@ -264,6 +265,9 @@ def _hub(path: str, data: Data) -> Iterator[Raw]:
 
 def _hub_reason(path: str, data: Data, error: Exception) -> str:
     text = f"{type(error).__name__}: {error}".splitlines()[0]
+    several = re.search(r"(?:Config name is missing|BuilderConfig).*?(\[.*?\])", str(error), re.DOTALL)
+    if several:
+        return f"{path}: set data.name to one of its configurations, {several[1]}"
     if "Unknown split" in text:
         return f"{path}: no split `{data.split}`; {text.split('. ')[-1]}"
     if Path(path).is_dir():

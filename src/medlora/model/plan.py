@@ -165,7 +165,7 @@ class Work:
     @classmethod
     def of(cls, recipe: Recipe, train: Sequence[Example] = (), gpus: int = 1, **device: Any) -> "Work":
         """The largest step that the rows can make; without rows, one of rows of full length."""
-        samples = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+        samples = recipe.training.samples
         lengths = [len(row.input_ids) for row in train] or [recipe.data.max_length] * samples
         starts = range(0, len(lengths), samples)
         some = starts[:: -(-len(starts) // SOME)]
@@ -185,8 +185,7 @@ class Work:
 
     @property
     def samples(self) -> int:
-        training = self.recipe.training
-        return -(-training.per_device_train_batch_size * training.gradient_accumulation_steps // self.gpus)
+        return -(-self.recipe.training.samples // self.gpus)
 
 
 def _share(lengths: Sequence[int], gpus: int) -> int:

@@ -98,11 +98,10 @@ def enough(recipe: Recipe, gpus: int) -> None:
     that were started alike, whose runs would be the same."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RunError("torchrun, or accelerate launch, has started this several times; start it once, with --gpus N")
-    shown, training = len(_visible()), recipe.training
+    shown, samples = len(_visible()), recipe.training.samples
     if shown < gpus > 1:
         there = f"{shown} GPU{'s' * (shown != 1)}"
         raise RunError(f"--gpus {gpus}: this machine shows {there}; see nvidia-smi and CUDA_VISIBLE_DEVICES")
-    samples = training.per_device_train_batch_size * training.gradient_accumulation_steps
     if samples < gpus:
         raise RunError(f"--gpus {gpus}: a step has {samples} samples; set training.gradient_accumulation_steps higher")
 

@@ -64,7 +64,8 @@ def prepare(recipe: Recipe) -> Prepared:
             f"data.max_length: {recipe.data.max_length} is more than the base's context of {context} tokens"
         )
     tokenizer = prepare_tokenizer(load_tokenizer(base), recipe.prompt)
-    return Prepared(recipe, base, tokenizer, build(recipe, tokenizer))
+    corpus = build(recipe, tokenizer)
+    return Prepared(recipe.over(len(corpus.train)), base, tokenizer, corpus)
 
 
 def train(recipe: Recipe, output: Path | None = None, say: Say = print, gpus: int = 1) -> Result:
@@ -79,7 +80,7 @@ def train(recipe: Recipe, output: Path | None = None, say: Say = print, gpus: in
     enough(recipe, gpus)
     prepared = prepare(recipe)
     folder = manifests.new_folder(recipe.name, output)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(prepared.recipe.to_yaml(), encoding="utf-8")
     corpus = prepared.corpus
     record = {
         "status": "running",
@@ -135,6 +136,8 @@ def _run(
     recipe, corpus = prepared.recipe, prepared.corpus
     for line in corpus.summary():
         say(line)
+    steps, samples = recipe.training.max_steps, recipe.training.samples
+    say(f"{steps:,} steps of {samples} rows, {steps * samples / len(corpus.train):.3g} epochs")
     model = add_lora(load_model(prepared.base, recipe.base), recipe.lora, recipe.training.seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if record.setdefault("trainable_parameters", trainable) != trainable:
