@@ -1,6 +1,7 @@
 """Toy models in the formats that users have: a LLaMA-2-style folder with a SentencePiece tokenizer and shards."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial, partialmethod
 from importlib import import_module
@@ -125,6 +126,20 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     assert (folder / "model.safetensors.index.json").is_file()
     return folder
+
+
+def press_ctrl_c(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a terminal sends it, in this step of a run."""
+    from medlora.train.callbacks import Interrupt
+
+    on_step_end = Interrupt.on_step_end
+
+    def pressed(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        on_step_end(self, args, state, control, **rest)
+
+    monkeypatch.setattr(Interrupt, "on_step_end", pressed)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ Write = Callable[..., Path]
         ("- a\n- b\n", ["mapping", "lora"]),
         ("training: {max_steps: 5, warmup_steps: 5}\n", ["warmup_steps (5)", "max_steps (5)", "warmup_steps=0"]),
         ("training: {max_steps: 5, num_train_epochs: 2}\n", ["line 1", "max_steps or num_train_epochs, not both"]),
+        ("training: {load_best_model_at_end: true}\n", ["line 1", "load_best_model_at_end needs eval_steps"]),
         ("data: {columns: {prompt: q}}\n", ["`prompt` and `completion` go together"]),
         ("data: {columns: {text: t, messages: m}}\n", ["not more than one"]),
         ("lora: {target_modules: 5}\n", ["target_modules", "all-linear", "5 given"]),

@@ -139,8 +139,18 @@ class Training(Section):
     logging_steps: int = Field(10, ge=1)
     save_steps: int | None = Field(None, ge=1)
     """Keep a checkpoint every so many steps; none by default. An interrupted run always leaves one."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Measure the held-out loss every so many steps too, and after the last."""
+    load_best_model_at_end: bool = False
+    """Keep the adapter of the lowest of those losses rather than the last one."""
     seed: int = 42
     tensorboard: bool = False
+
+    @model_validator(mode="after")
+    def _best_of_some(self) -> Self:
+        if self.load_best_model_at_end and self.eval_steps is None:
+            raise ValueError("load_best_model_at_end needs eval_steps, the steps at which it is measured")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

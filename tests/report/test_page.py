@@ -120,6 +120,12 @@ def test_what_the_device_did_not_report_is_not_made_up(make_run: Make) -> None:
     assert told["Energy"] == "2.0 Wh" and told["Peak memory"] == "2.00 GiB"
 
 
+def test_rows_that_chose_the_adapter_are_said_to_flatter_it(make_run: Make) -> None:
+    assert "flatters" not in read(write_report(make_run())).text
+    text = read(write_report(make_run("best", best_step=30))).text
+    assert "40, best at 30" in text and "which the held-out rows chose: their own loss flatters it" in text
+
+
 def test_the_worst_are_those_with_the_lowest_overlap(make_run: Make) -> None:
     data = read_run(make_run())
     scores = [pair.tuned["rougeL"] for pair in data.worst if pair.tuned]

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import press_ctrl_c
 from safetensors.torch import load_file
 from torch import distributed
 
@@ -22,7 +22,6 @@ from medlora.errors import DataError, ModelError, RunError
 from medlora.model.packed import PER_TOKEN, pack
 from medlora.model.plan import Work
 from medlora.train import parallel, run
-from medlora.train.callbacks import Interrupt
 from medlora.train.parallel import Team
 
 Toy = Callable[..., Any]
@@ -40,25 +39,13 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not distributed.is_initialized()
 
 
-def interrupted(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C, as a terminal sends it, in this step."""
-    on_step_end = Interrupt.on_step_end
-
-    def pressed(self: Interrupt, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if state.global_step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        on_step_end(self, args, state, control, **rest)
-
-    monkeypatch.setattr(Interrupt, "on_step_end", pressed)
-
-
 def test_two_train_what_one_does(toy: Toy, tmp_path: Path, two: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over epochs, each of which ends with a step of one document; stopped on the way, and taken up by one alone."""
     recipe = toy("training.max_steps=14", rows=25)
     alone = run.train(recipe, tmp_path / "one", quiet)
     assert alone.manifest["data"]["train_rows"] % 4 == 1
     with monkeypatch.context() as patch:
-        interrupted(9, patch)
+        press_ctrl_c(9, patch)
         broken = run.train(recipe, tmp_path / "two", quiet, gpus=2)
     assert not broken.finished and broken.manifest["steps"] == 9
     both = run.resume(broken.folder, quiet)
@@ -177,7 +164,7 @@ def test_two_gpus_train_what_one_does(toy: Toy, tmp_path: Path, graphs: bool, mo
     recipe = toy("base.compute_dtype=bfloat16", "training.max_steps=12", f"training.cuda_graphs={json.dumps(graphs)}")
     alone = run.train(recipe, tmp_path / "one", quiet)
     with monkeypatch.context() as patch:
-        interrupted(5, patch)
+        press_ctrl_c(5, patch)
         run.train(recipe, tmp_path / "two", quiet, gpus=2)
     both = run.resume(tmp_path / "two", quiet, gpus=2)
     one, two = ([entry["loss"] for entry in each.manifest["loss_history"]] for each in (alone, both))

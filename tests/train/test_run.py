@@ -1,19 +1,21 @@
 """A run end to end on a toy base: what it saves, how it stops, resumes and refuses, and that its losses are TRL's."""
 
 import json
-import os
-import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import press_ctrl_c
 
 from medlora.errors import DataError, ModelError, RecipeError, RunError
+from medlora.evaluate.loss import HeldOut, held_out_loss
+from medlora.model.load import load_model
+from medlora.model.packed import packed_loss, packing
 from medlora.recipe import load_recipe
 from medlora.train import run
-from medlora.train.callbacks import Interrupt
 
 Toy = Callable[..., Any]
 
@@ -96,18 +98,11 @@ def test_a_resumed_run_equals_an_unbroken_one(toy: Toy, tmp_path: Path, monkeypa
     recipe = toy("training.max_steps=6", "lora.lora_dropout=0.1")
     unbroken = run.train(recipe, tmp_path / "unbroken", quiet)
 
-    on_step_end = Interrupt.on_step_end
-
-    def ctrl_c(self: Interrupt, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        on_step_end(self, args, state, control, **rest)
-
-    monkeypatch.setattr(Interrupt, "on_step_end", ctrl_c)
-    broken = run.train(recipe, tmp_path / "broken", quiet)
+    with monkeypatch.context() as patch:
+        press_ctrl_c(3, patch)
+        broken = run.train(recipe, tmp_path / "broken", quiet)
     assert not broken.finished and broken.manifest["status"] == "interrupted" and broken.manifest["steps"] == 3
     assert weights(broken.folder)  # what there is, is saved
-    monkeypatch.setattr(Interrupt, "on_step_end", on_step_end)
 
     resumed = run.resume(broken.folder, quiet)
     assert resumed.finished and resumed.manifest["trained_tokens"] == unbroken.manifest["trained_tokens"]
@@ -117,6 +112,58 @@ def test_a_resumed_run_equals_an_unbroken_one(toy: Toy, tmp_path: Path, monkeypa
         torch.testing.assert_close(weights(resumed.folder)[name], weight, rtol=1e-6, atol=1e-8)
     with pytest.raises(RunError, match="this run is finished"):
         run.resume(resumed.folder, quiet)
+
+
+@pytest.mark.parametrize("engine", ["packed", "plain"])
+def test_the_adapter_of_the_lowest_held_out_loss_is_kept(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """Which is said to be that of the third step; also after an interruption, and measuring changes no step."""
+    given = ["lora.lora_dropout=0.1", "training.max_steps=8", f"training.engine={engine}"]
+    bare = run.train(toy(*given), tmp_path / "bare", quiet)
+    measure, within = run.held_out_loss, []
+
+    def third_is_lowest(model: Any, rows: Any, title: str | None, **how: Any) -> HeldOut:
+        found = measure(model, rows, title, **how)
+        if title is None:
+            within.append(found.loss)
+        return replace(found, loss=found.loss - (len(within) == 1))
+
+    monkeypatch.setattr(run, "held_out_loss", third_is_lowest)
+    recipe = toy(*given, "training.eval_steps=3", "training.load_best_model_at_end=true")
+    with monkeypatch.context() as patch:
+        press_ctrl_c(5, patch)
+        broken = run.train(recipe, tmp_path / "best", quiet)
+    assert broken.manifest["best_step"] == 3
+    said: list[str] = []
+    best = run.resume(broken.folder, said.append)
+
+    history, plain = best.manifest["loss_history"], bare.manifest["loss_history"]
+    assert [e["loss"] for e in history] == pytest.approx([e["loss"] for e in plain], rel=1e-6)
+    held = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
+    assert list(held) == [3, 6, 8] and held[8] == pytest.approx(bare.manifest["after"]["loss"], rel=1e-6)
+    assert best.manifest["best_step"] == 3 and f"Kept the adapter of step 3, held-out loss {held[3]:.4f}" in said
+    assert best.manifest["after"]["loss"] == pytest.approx(within[0], rel=1e-6) != within[2]
+
+
+def test_on_a_gpu_that_a_run_has_filled_rows_are_measured_by_themselves(
+    toy: Toy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = run.prepare(toy())
+    model, rows = load_model(prepared.base, prepared.recipe.base), prepared.corpus.valid
+    expected = held_out_loss(model, rows, None)
+
+    def full(model: Any, batch: Any) -> Any:
+        if len(batch["borders"]) > 2:
+            raise torch.OutOfMemoryError
+        return packed_loss(model, batch)
+
+    monkeypatch.setattr("medlora.evaluate.loss.packed_loss", full)
+    with packing(model):
+        found = held_out_loss(model, rows, None, routed=True)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6) and found.tokens == expected.tokens
+    with pytest.raises(torch.OutOfMemoryError):  # where nothing else has filled it, it is too small
+        held_out_loss(model, rows, None)
 
 
 def test_resume_refuses_what_is_no_run_or_has_other_data(
@@ -164,6 +211,7 @@ def test_without_an_output_runs_are_numbered(toy: Toy, tmp_path: Path, monkeypat
         (["data.max_length=8"], 24, DataError, "longer than data.max_length"),
         (["data.on_long_row=error", "data.max_length=12"], 24, DataError, "tokens, more than data.max_length"),
         ([], 1, DataError, "cannot be split"),
+        (["training.eval_steps=2", "data.valid_fraction=0"], 24, RecipeError, "no rows are held out"),
         (["data.path=/nowhere.jsonl"], 24, DataError, "no such file"),
         (["lora.target_modules=[q_prj]"], 24, ModelError, "q_proj"),
     ],

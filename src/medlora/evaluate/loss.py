@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,31 +27,51 @@ class HeldOut:
         return math.exp(self.loss)
 
 
-@torch.no_grad()
-def held_out_loss(model: Any, examples: Sequence[Example], title: str = "Held-out loss") -> HeldOut:
+def held_out_loss(
+    model: Any, examples: Sequence[Example], title: str | None = "Held-out loss", *, routed: bool = False
+) -> HeldOut:
     """Token-weighted mean over all labelled tokens of `examples`.
 
-    Rows pass packed where the model allows it, else one by one; neither pads, so both give the same figure.
+    Rows pass packed where the model allows it, else one by one; neither pads, so both give the same figure. On a GPU
+    whose memory a training run has filled they pass by themselves. Draws nothing from the generator.
+
+    Args:
+        title: of the progress bar; None for none.
+        routed: packed rows take medlora's way already, as within a run.
     """
+    with torch.random.fork_rng([]):
+        try:
+            return _held_out_loss(model, examples, title, routed, TOKENS_PER_ROW)
+        except torch.OutOfMemoryError:
+            if not routed:
+                raise
+        torch.cuda.empty_cache()
+        return _held_out_loss(model, examples, title, routed, 0)
+
+
+@torch.no_grad()
+def _held_out_loss(model: Any, examples: Sequence[Example], title: str | None, routed: bool, limit: int) -> HeldOut:
     model.eval()
     total, tokens = 0.0, 0
     longest = max(len(example.input_ids) for example in examples)
-    plain = unsupported(model, longest)
-    rows = [[e] for e in examples] if plain else _rows(examples)
-    with packing(model) if not plain else torch.no_grad(), bar(title, len(examples)) as progress:
+    plain = None if routed else unsupported(model, longest)
+    rows = [[e] for e in examples] if plain else _rows(examples, limit)
+    way = nullcontext() if plain or routed else packing(model)
+    with way, bar(title, len(examples)) if title else nullcontext() as progress:
         for row in rows:
             loss, count = _one_by_one(model, row[0]) if plain else packed_loss(model, pack(row))
             total, tokens = total + float(loss), tokens + int(count)
-            progress.advance(len(row), f"loss {total / max(tokens, 1):.3f}")
+            if progress:
+                progress.advance(len(row), f"loss {total / max(tokens, 1):.3f}")
     return HeldOut(total / tokens, tokens, len(examples))
 
 
-def _rows(examples: Sequence[Example]) -> list[list[Example]]:
-    """Fill rows up to TOKENS_PER_ROW, in order."""
+def _rows(examples: Sequence[Example], limit: int) -> list[list[Example]]:
+    """Fill rows up to so many tokens, in order."""
     rows: list[list[Example]] = [[]]
     held = 0
     for example in examples:
-        if rows[-1] and held + len(example.input_ids) > TOKENS_PER_ROW:
+        if rows[-1] and held + len(example.input_ids) > limit:
             rows.append([])
             held = 0
         rows[-1].append(example)

@@ -36,7 +36,7 @@ def figures(run: RunData) -> list[Figure]:
     steps = [entry for entry in run.history if "loss" in entry]
     found = []
     if steps:
-        loss = partial(draw_loss, entries=steps, held_out=held)
+        loss = partial(draw_loss, entries=run.history, held_out=held)
         found.append(_make(run, "loss", "Training loss by step, in nats a token.", loss))
         found.append(_make(run, "learning_rate", "Learning rate by step.", _rate(steps)))
     rows = forest_rows(run.summary)

@@ -151,13 +151,13 @@ def _cells(entry: dict[str, Any], digits: int) -> list[str]:
 def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """(name, value) of how the run went; what the device did not report is said to be unknown."""
     peak, joules = manifest.get("peak_memory_bytes"), manifest.get("energy_joules")
-    unknown = "not reported by this device"
+    unknown, best = "not reported by this device", manifest.get("best_step")
     return [
         ("Status", manifest["status"]),
         ("Started, ended", f"{manifest.get('started', '-')}, {manifest.get('ended', '-')}"),
         ("Device", manifest.get("device", "-")),
         ("Engine", manifest.get("engine", "-")),
-        ("Steps", f"{manifest.get('steps', 0):,}"),
+        ("Steps", f"{manifest.get('steps', 0):,}" + (f", best at {best:,}" if best else "")),
         ("Training time", f"{manifest.get('training_seconds', 0):,.0f} s"),
         ("Tokens trained", f"{manifest.get('trained_tokens', 0):,}"),
         ("Speed", f"{manifest.get('tokens_per_second', 0):,.0f} tokens/s"),

@@ -1,16 +1,19 @@
 """What watches a run: the progress bar, the metrics file, and a Ctrl-C, or its like, that saves before it stops."""
 
 import json
+import math
 import os
 import signal
 import stat
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from medlora.errors import RecipeError
@@ -54,13 +57,14 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if control.should_save:
-            self._stop()
+            self.stop()
         self.progress.advance(1, f"{self.loss}{self.tokens_per_second:,.0f} tokens/s")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._stop()
+        self.stop()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Until the next step begins."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._before, self._began = self.seconds, None
@@ -70,9 +74,52 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             return
         self.loss = f"loss {float(logs['loss']):.3f}  "
         entry = {"step": state.global_step, **{name: _number(value) for name, value in logs.items()}}
-        entry |= {"tokens": self.tokens, "tokens_per_second": round(self.tokens_per_second, 1)}
+        self.write(entry | {"tokens": self.tokens, "tokens_per_second": round(self.tokens_per_second, 1)})
+
+    def write(self, entry: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class Validation(TrainerCallback):  # type: ignore[misc]
+    """Measures the held-out loss every so many steps, and after the last.
+
+    Args:
+        measure: that loss, of the model as it is.
+        watch: whose clock stops meanwhile, and which writes it down.
+        best: a file for the trained weights where it was lowest, which are put back in the end; it outlives an
+            interruption. None: those of the last step stay.
+        lowest: so far.
+    """
+
+    def __init__(
+        self, measure: Callable[[], float], watch: Watch, every: int, best: Path | None, lowest: float = math.inf
+    ) -> None:
+        self.measure, self.watch, self.every, self.best, self.lowest = measure, watch, every, best, lowest
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        step = state.global_step
+        if step % self.every and step < state.max_steps:
+            return
+        self.watch.stop()
+        loss = self.measure()
+        self.watch.write({"step": step, "eval_loss": loss})
+        if self.best and loss < self.lowest:
+            self.lowest = loss
+            part = self.best.with_suffix(".part")
+            part.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: p.detach().cpu().contiguous() for name, p in _trained(model)}, part)
+            part.replace(self.best)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self.best and self.best.is_file():
+            held = load_file(self.best)
+            for name, parameter in _trained(model):
+                parameter.data.copy_(held[name])
+
+
+def _trained(model: Any) -> list[tuple[str, Any]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _number(value: Any) -> Any:

@@ -82,18 +82,23 @@ def now() -> str:
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """The logged steps of metrics.jsonl, in order; of a step logged twice (a resumed run) the last."""
+    """The logged steps of metrics.jsonl, in order, each with all that was logged of it; of what was logged twice (a
+    resumed run) the last."""
     file = folder / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    steps = {entry["step"]: entry for entry in map(json.loads, lines)}
+    steps: dict[int, dict[str, Any]] = {}
+    for entry in map(json.loads, lines):
+        steps.setdefault(entry["step"], {}).update(entry)
     return [steps[step] for step in sorted(steps)]
 
 
 def draw_loss(axes: Any, entries: list[dict[str, Any]], held_out: dict[str, float]) -> None:
-    """Training loss by step, with the held-out losses before and after as level lines, onto matplotlib axes."""
-    axes.plot(
-        [e["step"] for e in entries], [e["loss"] for e in entries], color=BLUE, marker="o", ms=3, label="training"
-    )
+    """Training loss by step, and held-out loss where it was measured, with that before and after as level lines, onto
+    matplotlib axes."""
+    for name, colour, label in (("loss", BLUE, "training"), ("eval_loss", ORANGE, "held out")):
+        known = [(e["step"], e[name]) for e in entries if name in e]
+        if known:
+            axes.plot(*zip(*known, strict=True), color=colour, marker="o", ms=3, label=label)
     for (name, loss), style in zip(held_out.items(), ("--", "-"), strict=False):
         axes.axhline(loss, color=ORANGE, linestyle=style, label=f"held out, {name}: {loss:.3f}")
     axes.set(xlabel="step", ylabel="loss (nats a token)")

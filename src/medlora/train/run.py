@@ -1,5 +1,6 @@
 """A run from recipe to saved adapter. Everything that can be refused is refused before the model loads."""
 
+import math
 import resource
 import shutil
 import sys
@@ -24,7 +25,7 @@ from medlora.model.load import load_model
 from medlora.progress import bar
 from medlora.recipe import Recipe, load_recipe
 from medlora.train import manifest as manifests
-from medlora.train.callbacks import Interrupt, Watch, tensorboard
+from medlora.train.callbacks import Interrupt, Validation, Watch, tensorboard
 from medlora.train.energy import Meter
 from medlora.train.parallel import Team, beside, enough
 from medlora.train.trainer import PackedTrainer, choose_engine, make_trainer, running, takes_whole_steps
@@ -65,6 +66,8 @@ def prepare(recipe: Recipe) -> Prepared:
         )
     tokenizer = prepare_tokenizer(load_tokenizer(base), recipe.prompt)
     corpus = build(recipe, tokenizer)
+    if recipe.training.eval_steps and not corpus.valid:
+        raise RecipeError("training.eval_steps: no rows are held out; set data.valid_fraction or data.valid_path")
     return Prepared(recipe.over(len(corpus.train)), base, tokenizer, corpus)
 
 
@@ -159,6 +162,10 @@ def _run(
             record["before"] = _measure(recipe, corpus, assistant, "before", tuned=False)
             assistant.release()
         finished = _optimise(prepared, model, engine, folder, record, checkpoint, team)
+    held_out = _held_out(folder)
+    if recipe.training.load_best_model_at_end and held_out:
+        record["best_step"] = min(held_out, key=held_out.__getitem__)
+        say(f"Kept the adapter of step {record['best_step']}, held-out loss {held_out[record['best_step']]:.4f}")
     save_adapter(model, prepared.tokenizer, folder / "adapter", prepared.base, recipe.base)
     record["loss_history"] = manifests.history(folder)
     if finished and recipe.evaluation.before_and_after:
@@ -200,6 +207,8 @@ def _optimise(
             [interrupt, watch],  # whose clock stops to save
             team,
         )
+        if recipe.training.eval_steps:
+            trainer.add_callback(_validation(prepared, trainer, watch, folder))
         if recipe.training.tensorboard:
             trainer.add_callback(tensorboard(folder / "tensorboard"))
         _count_tokens(trainer, watch)
@@ -216,6 +225,22 @@ def _optimise(
     if isinstance(trainer, PackedTrainer) and trainer.plan:
         record["plan"] = asdict(trainer.plan)
     return bool(trainer.state.global_step >= recipe.training.max_steps)
+
+
+def _validation(prepared: Prepared, trainer: Any, watch: Watch, folder: Path) -> Validation:
+    training, rows, routed = prepared.recipe.training, prepared.corpus.valid, isinstance(trainer, PackedTrainer)
+    best = folder / "checkpoints" / "best.safetensors" if training.load_best_model_at_end else None
+    lowest = min(_held_out(folder).values(), default=math.inf) if best and best.is_file() else math.inf
+
+    def measure() -> float:
+        return held_out_loss(trainer.model, rows, None, routed=routed).loss
+
+    return Validation(measure, watch, training.eval_steps or 1, best, lowest)
+
+
+def _held_out(folder: Path) -> dict[int, float]:
+    """{step: the held-out loss after it}."""
+    return {entry["step"]: entry["eval_loss"] for entry in manifests.history(folder) if "eval_loss" in entry}
 
 
 def _count_tokens(trainer: Any, watch: Watch) -> None:
