@@ -167,16 +167,16 @@ class Training(Section):
             )
         return self
 
-    @property
-    def samples(self) -> int:
-        """Rows of an optimizer step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
     @model_validator(mode="after")
     def _fp8_is_packed(self) -> Self:
         if self.fp8 and self.engine == "plain":
             raise ValueError("fp8 needs the packed engine; set engine: auto, or fp8: false")
         return self
+
+    @property
+    def samples(self) -> int:
+        """Rows of an optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
 
 class Evaluation(Section):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -44,9 +45,21 @@ def test_two_train_what_one_does(toy: Toy, tmp_path: Path, two: None, monkeypatc
     recipe = toy("training.max_steps=14", rows=25)
     alone = run.train(recipe, tmp_path / "one", quiet)
     assert alone.manifest["data"]["train_rows"] % 4 == 1
+    started: list[subprocess.Popen[bytes]] = []
+    share = Team.share
+
+    def told_to_end(team: Team, batch: Any) -> Any:
+        """As a scheduler tells every process; the first alone has something to save."""
+        started[:] = team.others
+        for process in started:
+            process.terminate()
+        return share(team, batch)
+
     with monkeypatch.context() as patch:
+        patch.setattr(Team, "share", told_to_end)
         press_ctrl_c(9, patch)
         broken = run.train(recipe, tmp_path / "two", quiet, gpus=2)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
     assert not broken.finished and broken.manifest["steps"] == 9
     both = run.resume(broken.folder, quiet)
 
@@ -149,8 +162,7 @@ def test_none_outlives_the_first(exits: list[int], monkeypatch: pytest.MonkeyPat
     assert exits == [1]
 
 
-def test_other_rows_than_the_first_read_are_an_error(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel, "_end_with_parent", lambda: None)
+def test_other_rows_than_the_first_read_are_an_error(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(toy().to_yaml())
     with pytest.raises(DataError, match=r"rows\.jsonl: changed while the run began"):
         parallel.follow(tmp_path, 1, 2, tmp_path / "meeting", "other", "auto", "")

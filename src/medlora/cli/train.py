@@ -86,6 +86,7 @@ def follow(folder: Path, **rest: Any) -> None:
     with importing(load_recipe(folder / "recipe.yaml").base):
         from medlora.train import parallel
 
+    parallel.belong()
     parallel.follow(folder, **rest)
 
 

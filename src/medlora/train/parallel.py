@@ -9,6 +9,7 @@ the first. One that ends by itself ends the run: nobody could tell the others ap
 # torch leaves Tensor.split untyped
 # mypy: allow-untyped-calls
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -149,6 +150,21 @@ def _watch(process: "subprocess.Popen[bytes]", rank: int, log: Path, over: threa
         os._exit(ModelError.exit_code)
 
 
+def belong() -> None:
+    """End with the process that has started this one, and by nothing else: a scheduler tells both, and the first has a
+    checkpoint to write."""
+    from medlora.train.callbacks import ENDINGS
+
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # until nobody is left to write
+    os._exit(1)
+
+
 def follow(folder: Path, rank: int, gpus: int, meeting: Path, fingerprint: str, optim: str, checkpoint: str) -> None:
     """Train the run in `folder` beside the first process, until that ends this one; arguments as of `beside`.
 
@@ -161,7 +177,6 @@ def follow(folder: Path, rank: int, gpus: int, meeting: Path, fingerprint: str, 
     from medlora.train.run import prepare
     from medlora.train.trainer import choose_engine, make_trainer, running
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     recipe = load_recipe(folder / "recipe.yaml", [f"training.optim={optim}", "training.save_steps=null"])
     prepared = prepare(recipe)
     if prepared.corpus.fingerprint != fingerprint:
@@ -174,8 +189,3 @@ def follow(folder: Path, rank: int, gpus: int, meeting: Path, fingerprint: str, 
         with running(trainer), team.group():
             trainer.train(resume_from_checkpoint=checkpoint or None)
             threading.Event().wait()
-
-
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # until nobody is left to write
-    os._exit(1)
