@@ -140,7 +140,7 @@ def _run(
     for line in corpus.summary():
         say(line)
     steps, samples = recipe.training.max_steps, recipe.training.samples
-    say(f"{steps:,} steps of {samples} rows, {steps * samples / len(corpus.train):.3g} epochs")
+    say(f"{steps:,} steps of {samples} rows, {steps / math.ceil(len(corpus.train) / samples):.3g} epochs")
     model = add_lora(load_model(prepared.base, recipe.base), recipe.lora, recipe.training.seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if record.setdefault("trainable_parameters", trainable) != trainable:
