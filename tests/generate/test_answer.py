@@ -68,7 +68,7 @@ def test_other_architectures_decode_through_transformers_and_it_is_said(assistan
     size = len(assistant.tokenizer)
     config = GPT2Config(n_embd=16, n_layer=1, n_head=1, vocab_size=size, eos_token_id=2, bos_token_id=1)
     other = Assistant(GPT2LMHeadModel(config).eval(), assistant.tokenizer)
-    assert assistant.slow is None and other.slow == "gpt2 is not of the LLaMA family (llama, mistral)"
+    assert assistant.slow is None and other.slow == "gpt2 is not of the LLaMA family (llama, mistral, qwen2)"
     messages = conversation("What is gout?")
     answers = other.answer_many([messages, messages], Sampling(max_new_tokens=6, logprobs=2))
     prompt = torch.tensor([prompt_ids(other.tokenizer, messages)])

@@ -61,6 +61,13 @@ def test_greedy_tokens_are_those_of_transformers(toy_model: Any, engine: Engine,
     assert ids_of(engine.generate([request])[0]) == ours  # now with the prompt's blocks from the cache
 
 
+def test_greedy_tokens_of_qwen2(toy_qwen2: Any) -> None:
+    ids = prompt(70, 70)
+    for adapter in ("all", None):
+        request = Request(ids, Sampling(max_new_tokens=20), adapter, frozenset({2}))
+        assert ids_of(Engine(toy_qwen2).generate([request])[0]) == theirs(toy_qwen2, ids, adapter, 20)
+
+
 def test_a_row_may_end_while_a_step_beyond_it_is_under_way(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU steps are launched ahead of what is read."""
     begin = Batch.__init__

@@ -31,6 +31,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "biases": lambda: make(ALL, attention_bias=True, mlp_bias=True),
     "tied": lambda: make(ALL, tie_word_embeddings=True),
     "rslora": lambda: make(ALL, lora={"use_rslora": True}),
+    "qwen2": lambda: make(ALL, family="qwen2"),
     "mistral": lambda: make(ALL, family="mistral", head_dim=24, sliding_window=None),
     "ranks": lambda: make(ALL, lora={"rank_pattern": {"v_proj": 4}, "alpha_pattern": {"v_proj": 6}}),
     # ranks whose terms SwiGLU adds

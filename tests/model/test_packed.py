@@ -6,7 +6,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from medlora.data.prompts import IGNORE
 from medlora.model.fused import Fused
@@ -23,7 +30,11 @@ SHAPE: dict[str, Any] = {
 def make(targets: list[str] | str = "all-linear", *, family: str = "llama", lora: Any = None, **shape: Any) -> Any:
     """A tiny float32 causal LM with LoRA whose B is random: at zero, A would have no gradient to compare."""
     torch.manual_seed(0)
-    config, causal = (LlamaConfig, LlamaForCausalLM) if family == "llama" else (MistralConfig, MistralForCausalLM)
+    config, causal = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[family]
     base = causal(config(**SHAPE | shape))
     model = get_peft_model(
         base,
@@ -90,9 +101,11 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], within: flo
 
 
 @pytest.mark.parametrize("lengths", [(9, 17, 5, 12), (5, 2, 1, 9)], ids=["long", "labelled from the first token on"])
-@pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"]], ids=["all", "qv"])
-def test_a_packed_row_equals_padded_micro_batches(targets: list[str], lengths: tuple[int, ...]) -> None:
-    model, rows = make(targets), documents(lengths)
+@pytest.mark.parametrize(
+    ("targets", "family"), [(ALL, "llama"), (["q_proj", "v_proj"], "llama"), (ALL, "qwen2")], ids=["all", "qv", "qwen2"]
+)
+def test_a_packed_row_equals_padded_micro_batches(targets: list[str], family: str, lengths: tuple[int, ...]) -> None:
+    model, rows = make(targets, family=family), documents(lengths)
     expected = reference(model, rows)
     theirs = gradients(model)
     assert torch.allclose(packed(model, rows), expected, rtol=1e-5)

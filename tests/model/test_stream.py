@@ -61,12 +61,14 @@ def assert_same(mine: Any, other: Any) -> None:
 
 def saved(folder: Path, name: str, **shape: Any) -> Path:
     """A toy base of another layout."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(1)
+    config, causal = (Qwen2Config, Qwen2ForCausalLM) if shape.pop("qwen2", False) else (LlamaConfig, LlamaForCausalLM)
     small = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     dtype = shape.pop("dtype", torch.bfloat16)
-    LlamaForCausalLM(LlamaConfig(**small | {"num_attention_heads": 4} | shape)).to(dtype).save_pretrained(folder / name)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    causal(config(**small | heads | shape)).to(dtype).save_pretrained(folder / name)
     return folder / name
 
 
@@ -84,8 +86,13 @@ def test_a_sharded_base_is_loaded_as_transformers_loads_it_twice(
 
 @pytest.mark.parametrize(
     "shape",
-    [{"tie_word_embeddings": True}, {"dtype": torch.float32}, {"attention_bias": True, "mlp_bias": True}],
-    ids=["tied", "float32", "biases"],
+    [
+        {"tie_word_embeddings": True},
+        {"dtype": torch.float32},
+        {"attention_bias": True, "mlp_bias": True},
+        {"qwen2": True},
+    ],
+    ids=["tied", "float32", "biases", "qwen2"],
 )
 def test_other_layouts(shape: dict[str, Any], tmp_path: Path, cache: Path) -> None:
     folder = saved(tmp_path, "base", **shape)
@@ -96,7 +103,7 @@ def test_other_layouts(shape: dict[str, Any], tmp_path: Path, cache: Path) -> No
     (kept,) = cache.iterdir()
     assert_same(theirs(kept, low_cpu_mem_usage=True), theirs(folder))
     config = json.loads((kept / "config.json").read_text())
-    assert config["dtype"] == "bfloat16" and config["architectures"] == ["LlamaForCausalLM"]
+    assert config["dtype"] == "bfloat16" and config["architectures"] == [type(theirs(folder)).__name__]
     assert (kept / "generation_config.json").is_file()
     written = stream._header(kept / "model.safetensors")[0]
     assert ("lm_head.weight" in written) == ("tie_word_embeddings" not in shape)

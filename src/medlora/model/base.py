@@ -14,8 +14,8 @@ from medlora.errors import ModelError
 from medlora.privacy import is_offline
 from medlora.recipe import EMBEDDED, Base
 
-FAMILIES = ("llama", "mistral")
-"""Model types of the LLaMA family, whose layers medlora computes itself."""
+FAMILIES = ("llama", "mistral", "qwen2")
+"""Model types of the LLaMA family, whose layers medlora computes itself: Qwen2's and 2.5's have biases besides."""
 
 
 @dataclass(frozen=True, slots=True)
