@@ -155,11 +155,11 @@ def test_a_cache_that_cannot_be_written_is_said_and_left(
 
 
 def test_what_is_unusual_is_named(llama_folder: Path, tmp_path: Path) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     small = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    Qwen2ForCausalLM(Qwen2Config(num_attention_heads=4, num_key_value_heads=2, **small)).save_pretrained(tmp_path / "q")
-    with pytest.raises(Unusual, match="qwen2"):
+    Qwen3ForCausalLM(Qwen3Config(num_attention_heads=4, num_key_value_heads=2, **small)).save_pretrained(tmp_path / "q")
+    with pytest.raises(Unusual, match="qwen3"):
         ours(tmp_path / "q")
     folder = saved(tmp_path, "renamed")
     config = json.loads((folder / "config.json").read_text())

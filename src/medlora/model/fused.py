@@ -66,7 +66,7 @@ class Row(NamedTuple):
 
 
 class Fused:
-    """A stand-in for the forward of `LlamaModel` or `MistralModel` while packed rows pass.
+    """A stand-in for the forward of `LlamaModel`, `MistralModel` or `Qwen2Model` while packed rows pass.
 
     Args:
         causal: the causal LM; its linear modules: `nn.Linear`, bitsandbytes' NF4, or PEFT LoRA over either.
