@@ -76,6 +76,8 @@ def test_the_formats_that_others_train_on_are_recognised(write: Write) -> None:
     assert messages(write("capitals.csv", "Qtype,Question,Answer\ninfo,What is gout?,Arthritis.\n")) == [GOUT]
     semicolons = write("excel.csv", '\ufeffprompt;completion\r\n"What is gout?";"Arthritis."\r\n')
     assert messages(semicolons) == [GOUT]
+    commas = write("commas.tsv", "Prompt\tCompletion\ta, b, c, d\nWhat is gout?\tArthritis.\t1\n")
+    assert messages(commas) == [GOUT]
 
 
 def test_medquad_xml_and_a_hub_style_folder(write: Write, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PAIRS = (
     ("instruction", "response"),
 )  # fmt: skip
 ABOUT = ("input", "context")
+GROUPED = ", which data.group names", "; without whole groups: --set data.group=null"
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 Message = dict[str, str]
 Row = dict[str, Any]
@@ -68,8 +70,8 @@ def load(data: Data, path: str | None = None) -> Source:
     path = path or data.path
     records: list[Record] = []
     bad: list[Raw] = []
-    named = data.columns
-    if path == EMBEDDED and named == Columns():
+    named = None if data.columns == Columns() else data.columns
+    if path == EMBEDDED and named is None:
         named = Columns(prompt="Please tell me about {term}", completion="text")
     found: dict[Columns, None] = {}
     columns = named
@@ -77,20 +79,21 @@ def load(data: Data, path: str | None = None) -> Source:
         if raw.row is None:
             bad.append(raw)
             continue
-        if named == Columns():
-            columns = _recognised(raw.row) or columns
-            found[columns] = None
-        if columns == Columns():
+        recognised = _recognised(tuple(map(str, raw.row)))
+        if named is None:
+            columns = recognised or columns
+        if columns is None:
             raise DataError(
                 f"{path}: found the columns {', '.join(map(str, raw.row))}, none of which is known; name them in the "
                 "recipe, for example --set data.columns.prompt=COLUMN --set data.columns.completion=COLUMN"
             )
+        found[columns] = None
         made = _record(raw.where, raw.row, columns, data.group)
-        if isinstance(made, Raw) and not records and _recognised(raw.row) not in (None, columns):
+        if isinstance(made, Raw) and not records and recognised not in (None, columns):
             made = replace(made, why=f"{made.why}; with --set data.columns={{}} those of this row are recognised")
         records.append(made) if isinstance(made, Record) else bad.append(made)
     _judge(path, data, records, bad)
-    return Source(records, bad, tuple(found))
+    return Source(records, bad, tuple(found) if named is None else ())
 
 
 def _judge(path: str, data: Data, records: list[Record], bad: list[Raw]) -> None:
@@ -191,7 +194,7 @@ def _json(file: Path) -> Iterator[Raw]:
 def _csv(file: Path) -> Iterator[Raw]:
     """By whatever its header has most of: Excel writes semicolons where a comma is the decimal sign."""
     text = decoded(file)
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    delimiter = "\t" if ".tsv" in file.suffixes else max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     start = 1
@@ -278,9 +281,10 @@ def _hub_reason(path: str, data: Data, error: Exception) -> str:
     )
 
 
-def _recognised(row: Row) -> Columns | None:
-    """The columns of a row whose names are known, in capitals or not."""
-    names = {str(name).lower(): str(name) for name in row}
+@lru_cache
+def _recognised(columns: tuple[str, ...]) -> Columns | None:
+    """Those whose names are known, in capitals or not."""
+    names = {name.lower(): name for name in columns}
     for name in CONVERSATIONS:
         if name in names:
             return Columns(messages=names[name])
@@ -303,17 +307,15 @@ def _record(where: str, row: Row, columns: Columns, group_column: str | None) ->
         else:
             messages = ()
         content = text or "\n".join(f"{role}: {said}" for role, said in messages)
+        group = str(_column(row, group_column, *GROUPED)) if group_column else content
     except ValueError as error:
         return Raw(where, None, str(error))
-    if group_column and group_column not in row:
-        why = f"no column `{group_column}`, which data.group names; the row has {', '.join(map(str, row))}"
-        return Raw(where, None, f"{why}; without whole groups: --set data.group=null")
-    return Record(where, text, messages, str(row[group_column]) if group_column else content)
+    return Record(where, text, messages, group)
 
 
-def _column(row: Row, name: str) -> Any:
+def _column(row: Row, name: str, asked: str = "", way_out: str = "") -> Any:
     if name not in row:
-        raise ValueError(f"no column `{name}`; the row has {', '.join(map(str, row))}")
+        raise ValueError(f"no column `{name}`{asked}; the row has {', '.join(map(str, row))}{way_out}")
     return row[name]
 
 
