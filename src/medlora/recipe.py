@@ -178,6 +178,10 @@ class Training(Section):
         """Rows of an optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
+    def steps_an_epoch(self, rows: int) -> int:
+        """As Transformers counts them: the last is of fewer rows."""
+        return math.ceil(rows / self.samples)
+
 
 class Evaluation(Section):
     before_and_after: bool = True
@@ -210,7 +214,7 @@ class Recipe(Section):
     generation: Generation = Generation()
 
     def over(self, rows: int) -> "Recipe":
-        """With the steps that num_train_epochs takes over so many training rows, counted as Transformers does.
+        """With the steps that num_train_epochs takes over so many training rows.
 
         Raises:
             RecipeError: warm-up would take all of them.
@@ -218,7 +222,7 @@ class Recipe(Section):
         training = self.training
         if training.num_train_epochs is None:
             return self
-        steps = math.ceil(training.num_train_epochs * math.ceil(rows / training.samples))
+        steps = math.ceil(training.num_train_epochs * training.steps_an_epoch(rows))
         lasting = training.model_dump() | {"max_steps": steps, "num_train_epochs": None}
         try:
             return self.model_copy(update={"training": Training.model_validate(lasting)})

@@ -139,8 +139,9 @@ def _run(
     recipe, corpus = prepared.recipe, prepared.corpus
     for line in corpus.summary():
         say(line)
-    steps, samples = recipe.training.max_steps, recipe.training.samples
-    say(f"{steps:,} steps of {samples} rows, {steps / math.ceil(len(corpus.train) / samples):.3g} epochs")
+    training = recipe.training
+    epochs = training.max_steps / training.steps_an_epoch(len(corpus.train))
+    say(f"{training.max_steps:,} steps of {training.samples} rows, {epochs:.3g} epochs")
     model = add_lora(load_model(prepared.base, recipe.base), recipe.lora, recipe.training.seed)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if record.setdefault("trainable_parameters", trainable) != trainable:
@@ -162,12 +163,12 @@ def _run(
             record["before"] = _measure(recipe, corpus, assistant, "before", tuned=False)
             assistant.release()
         finished = _optimise(prepared, model, engine, folder, record, checkpoint, team)
-    held_out = _held_out(folder)
-    if recipe.training.load_best_model_at_end and held_out:
+    record["loss_history"] = manifests.history(folder)
+    held_out = _held_out(record["loss_history"])
+    if training.load_best_model_at_end and held_out:
         record["best_step"] = min(held_out, key=held_out.__getitem__)
         say(f"Kept the adapter of step {record['best_step']}, held-out loss {held_out[record['best_step']]:.4f}")
     save_adapter(model, prepared.tokenizer, folder / "adapter", prepared.base, recipe.base)
-    record["loss_history"] = manifests.history(folder)
     if finished and recipe.evaluation.before_and_after:
         record["after"] = _measure(recipe, corpus, assistant, "after", tuned=True)
     record |= {"status": "finished" if finished else "interrupted", "ended": manifests.now()}
@@ -230,17 +231,18 @@ def _optimise(
 def _validation(prepared: Prepared, trainer: Any, watch: Watch, folder: Path) -> Validation:
     training, rows, routed = prepared.recipe.training, prepared.corpus.valid, isinstance(trainer, PackedTrainer)
     best = folder / "checkpoints" / "best.safetensors" if training.load_best_model_at_end else None
-    lowest = min(_held_out(folder).values(), default=math.inf) if best and best.is_file() else math.inf
+    before = manifests.history(folder) if best and best.is_file() else []
 
     def measure() -> float:
         return held_out_loss(trainer.model, rows, None, routed=routed).loss
 
+    lowest = min(_held_out(before).values(), default=math.inf)
     return Validation(measure, watch, training.eval_steps or 1, best, lowest)
 
 
-def _held_out(folder: Path) -> dict[int, float]:
+def _held_out(history: list[dict[str, Any]]) -> dict[int, float]:
     """{step: the held-out loss after it}."""
-    return {entry["step"]: entry["eval_loss"] for entry in manifests.history(folder) if "eval_loss" in entry}
+    return {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
 
 
 def _count_tokens(trainer: Any, watch: Watch) -> None:

@@ -260,13 +260,12 @@ def _arguments(recipe: Recipe, model: Any, engine: Engine, folder: Path) -> SFTC
     training = recipe.training
     on_cpu = model.device.type == "cpu"
     dtype = compute_dtype(recipe.base, model.device)
-    batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     whole_step = takes_whole_steps(engine, model.device)
     recompute = training.gradient_checkpointing is True and engine.plan is None
     arguments = SFTConfig(
         output_dir=str(folder),
-        per_device_train_batch_size=batch * accumulation if whole_step else batch,
-        gradient_accumulation_steps=1 if whole_step else accumulation,
+        per_device_train_batch_size=training.samples if whole_step else training.per_device_train_batch_size,
+        gradient_accumulation_steps=1 if whole_step else training.gradient_accumulation_steps,
         max_steps=training.max_steps,
         learning_rate=training.learning_rate,
         lr_scheduler_type=training.lr_scheduler_type,
