@@ -400,7 +400,17 @@ def test_attention_by_tiles_gives_the_same_gradients(
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"]], ids=["all", "qv"])
 @pytest.mark.parametrize(
     "way",
-    ["none", "selective", "full", "offload", "fp8", "document by document", "no grouped queries", "as before Ampere"],
+    [
+        "none",
+        "selective",
+        "full",
+        "offload",
+        "fp8",
+        "document by document",
+        "no grouped queries",
+        "as before Ampere",
+        "qwen2",
+    ],
 )
 def test_on_a_gpu_the_kernels_give_the_float32_gradients(
     monkeypatch: pytest.MonkeyPatch, targets: list[str], way: str
@@ -414,6 +424,8 @@ def test_on_a_gpu_the_kernels_give_the_float32_gradients(
         "max_position_embeddings": 256,
         "lora": {"r": 16},  # which SwiGLU takes along
     }
+    if way == "qwen2":
+        shape["family"] = way
     if "document" in way or "Ampere" in way:
         monkeypatch.setattr(attention, "flash_takes", lambda *_: False)
     if "Ampere" in way:
