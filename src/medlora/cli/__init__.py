@@ -8,6 +8,7 @@ import click
 from medlora import __version__
 from medlora.cli.ask import ask, chat
 from medlora.cli.evaluate import evaluate
+from medlora.cli.export import export
 from medlora.cli.info import doctor, recipes
 from medlora.cli.options import fail
 from medlora.cli.report import compare, report
@@ -53,5 +54,5 @@ def cli() -> None:
     """
 
 
-for command in (train, follow, evaluate, ask, chat, report, compare, recipes, doctor):
+for command in (train, follow, evaluate, ask, chat, report, compare, export, recipes, doctor):
     cli.add_command(command)

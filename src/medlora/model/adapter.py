@@ -95,7 +95,12 @@ def only_to_answer(model: Any) -> Any:
 
 
 def load_adapter(model: Any, adapter: Path, resolved: Resolved) -> Any:
-    """The base with a saved adapter on it, as `only_to_answer` leaves it.
+    """The base with a saved adapter on it, as `only_to_answer` leaves it. Raises as `attach`."""
+    return only_to_answer(attach(model, adapter, resolved))
+
+
+def attach(model: Any, adapter: Path, resolved: Resolved) -> Any:
+    """The base with a saved adapter on it, a frozen `PeftModel`, A and B in float32.
 
     Raises:
         ModelError: the adapter belongs to another base, or its weights are damaged.
@@ -110,7 +115,7 @@ def load_adapter(model: Any, adapter: Path, resolved: Resolved) -> Any:
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ModelError(f"{adapter}: no adapter_model.safetensors; pickled adapters are not loaded")
     try:
-        return only_to_answer(PeftModel.from_pretrained(model, adapter, local_files_only=True))
+        return PeftModel.from_pretrained(model, adapter, local_files_only=True)
     except Exception as error:  # PEFT raises RuntimeError, ValueError or SafetensorError, by cause
         raise ModelError(
             f"{adapter}: does not fit the base {resolved.path}: {str(error).strip().splitlines()[0]}"

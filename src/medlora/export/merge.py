@@ -1,0 +1,58 @@
+"""An adapter added into its base's weights, W + (lora_alpha / r) B A.
+
+The sum is PEFT's, onto the base's own 16-bit weights: to round it to 4 bits once more would lose what was learned (peft
+issues 1043 and 2321). The adapter was trained on those weights rounded to NF4, so this is not number by number the
+model that was evaluated; `run.export` measures held-out rows by both.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from medlora.data.prompts import Tokenizer
+from medlora.errors import ModelError
+from medlora.model.adapter import attach
+from medlora.model.base import Resolved, load_config
+from medlora.model.load import load_model
+from medlora.model.memory import free_bytes
+from medlora.recipe import Base
+
+CPU = torch.device("cpu")
+
+
+def stored_dtype(resolved: Resolved) -> str:
+    """Name of the dtype that the base's files have; bfloat16 where its configuration names none."""
+    found = load_config(resolved).dtype
+    return str(found).removeprefix("torch.") if isinstance(found, torch.dtype) else "bfloat16"
+
+
+def merge(adapter: Path, base: Base, resolved: Resolved, tokenizer: Tokenizer, dtype: str) -> Any:
+    """A `PreTrainedModel` on the CPU with the adapter in its weights, set to end its answers as the adapter's tokenizer
+    says.
+
+    Args:
+        dtype: of the weights; the sum is made in float32 and rounded to it.
+
+    Raises:
+        ModelError: as `load_model` and `attach`; too little memory; or weights that are not finite afterwards.
+    """
+    held, free = sum(f.stat().st_size for f in Path(resolved.path).glob("*.safetensors")), free_bytes(CPU)
+    if held > free:
+        raise ModelError(
+            f"{resolved.path}: merging takes {held / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free; "
+            "export on a machine with more"
+        )
+    plain = Base.model_validate(base.model_dump() | {"quantization": "none", "compute_dtype": dtype})
+    model = attach(load_model(resolved, plain, CPU), adapter, resolved)
+    try:
+        model = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise ModelError(f"{adapter}: cannot be merged: {str(error).splitlines()[0]}") from None
+    if (adapter / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(adapter, local_files_only=True)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    for config in (model.config, model.generation_config):
+        config.update(ids | {"pad_token_id": tokenizer.pad_token_id, "use_cache": True})
+    return model
