@@ -28,7 +28,7 @@ def evaluate(
     \b
     medlora evaluate runs/demo
     medlora evaluate runs/medquad --data pubmedqa=ori_pqal.json --data mmlu=mmlu/data
-    tasks: heldout, answers, general_text, general_questions (no data needed);
+    tasks: heldout, answers, memorisation, memorisation_control, general_text, general_questions (no data needed);
            pubmedqa, medqa, medmcqa, mmlu (from the hub, or --data), choices (your own JSON lines)
 
     Item by item results lie in RUN/evaluation; an interrupted evaluation goes on where it stopped.

@@ -77,9 +77,18 @@ def _split(tokenizer: Tokenizer, prompt: str, continuation: str) -> tuple[list[i
     return prefix, whole[len(prefix) :]
 
 
-@torch.no_grad()
 def score(model: Any, requests: Sequence[Request], tokens: int = TOKENS_PER_ROW) -> Iterator[list[list[float]]]:
-    """Summed log-likelihoods (nats) of each request's targets, a batch of requests at a time, in order.
+    """Summed log-likelihoods (nats) of each request's targets; otherwise as `predict`."""
+    for batch in predict(model, requests, tokens):
+        yield [[sum(value for value, _ in target) for target in targets] for targets in batch]
+
+
+@torch.no_grad()
+def predict(
+    model: Any, requests: Sequence[Request], tokens: int = TOKENS_PER_ROW
+) -> Iterator[list[list[list[tuple[float, bool]]]]]:
+    """Each token of each request's targets: (log-likelihood in nats, whether no other token is likelier); a batch of
+    requests at a time, in order.
 
     Models that cannot take packed rows are scored option by option.
 
@@ -92,7 +101,7 @@ def score(model: Any, requests: Sequence[Request], tokens: int = TOKENS_PER_ROW)
     hidden_of: Callable[[Any, list[Request]], Tensor] = _plain_hidden if plain else _packed_hidden
     for batch in _batches(requests, tokens):
         with nullcontext() if plain else _sharing(model):  # not across a yield: it must not reach the caller
-            found = _log_probs(model, hidden_of(model, batch), batch)
+            found = _predicted(model, hidden_of(model, batch), batch)
         yield found
 
 
@@ -139,7 +148,7 @@ def _plain_hidden(model: Any, batch: list[Request]) -> Tensor:
     return torch.cat(rows)
 
 
-def _log_probs(model: Any, hidden_TD: Tensor, batch: list[Request]) -> list[list[float]]:
+def _predicted(model: Any, hidden_TD: Tensor, batch: list[Request]) -> list[list[list[tuple[float, bool]]]]:
     """The head where something is predicted, once a place, whatever the number of options that begin there."""
     head = causal_of(model).lm_head
     start, wanted = 0, []
@@ -148,7 +157,7 @@ def _log_probs(model: Any, hidden_TD: Tensor, batch: list[Request]) -> list[list
         start += len(request.ids)
     places = sorted({place for place, _ in wanted})
     row_of = {place: row for row, place in enumerate(places)}
-    chosen: list[float] = [0.0] * len(wanted)
+    chosen = [(0.0, False)] * len(wanted)
     for first in range(0, len(places), LOGIT_ROWS):
         last = min(first + LOGIT_ROWS, len(places))
         logits = head(hidden_TD[places[first:last]].to(head.weight.dtype)).float()
@@ -156,10 +165,12 @@ def _log_probs(model: Any, hidden_TD: Tensor, batch: list[Request]) -> list[list
         inside = [i for i, (place, _) in enumerate(wanted) if first <= row_of[place] < last]
         rows = torch.tensor([row_of[wanted[i][0]] - first for i in inside], device=logits.device)
         tokens = torch.tensor([wanted[i][1] for i in inside], device=logits.device)
-        for i, value in zip(inside, (logits[rows, tokens] - log_z[rows]).tolist(), strict=True):
-            chosen[i] = value
+        values = logits[rows, tokens]
+        likeliest = values == logits.amax(-1)[rows]
+        for i, *found in zip(inside, (values - log_z[rows]).tolist(), likeliest.tolist(), strict=True):
+            chosen[i] = (found[0], found[1])
     left = iter(chosen)
-    return [[sum(next(left) for _ in target) for target in request.targets] for request in batch]
+    return [[[next(left) for _ in target] for target in request.targets] for request in batch]
 
 
 def _positions(request: Request) -> Tensor:

@@ -23,6 +23,8 @@ from medlora.evaluate.statistics import (
     wilson,
 )
 
+TARGET = 32
+"""Tokens that a row of kind `memory` is asked for."""
 Item = dict[str, Any]
 Entry = dict[str, Any]
 CLUSTER = "topic"
@@ -47,6 +49,10 @@ def _claims(name: str) -> Callable[[Item], float | None]:
     return lambda item: (item.get("claims") or {}).get(name)
 
 
+def _reproduced(of: Callable[[int], float]) -> Callable[[Item], float | None]:
+    return lambda item: None if item["reproduced"] is None else of(item["reproduced"])
+
+
 _ACC = Metric("acc", "accuracy", lambda item: item["acc"], proportion=True)
 METRICS: dict[str, tuple[Metric, ...]] = {
     "loss": (
@@ -61,6 +67,17 @@ METRICS: dict[str, tuple[Metric, ...]] = {
     "letter": (
         _ACC,
         Metric("unparsed", "unparsed answers", lambda item: float(item["parsed"] is None), True, proportion=True),
+    ),
+    "memory": (  # that more comes back has no better way: text also comes back because it is understood
+        Metric(
+            "verbatim",
+            f"{TARGET} tokens word for word",
+            _reproduced(lambda n: float(n == TARGET)),
+            None,
+            proportion=True,
+        ),
+        Metric("reproduced", "share of them up to a miss", _reproduced(lambda n: n / TARGET), None),
+        Metric("loss", "loss (nats a token)", lambda i: i["nll"], None, lambda i: i["tokens"]),
     ),
     "answer": (
         Metric("rougeL", "ROUGE-L", lambda item: item.get("rougeL")),

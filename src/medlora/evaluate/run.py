@@ -15,7 +15,7 @@ from medlora.evaluate.overlap import N, overlap
 from medlora.evaluate.score import score_task
 from medlora.evaluate.store import Store
 from medlora.evaluate.summary import FOLDER, OVERLAP, SIDES, read
-from medlora.evaluate.tasks import NAMES, OWN, load_task
+from medlora.evaluate.tasks import HELD, NAMES, OWN, load_task
 from medlora.evaluate.tasks.base import Choice, Passage, Task
 from medlora.generate.answer import Assistant
 from medlora.model.adapter import find_adapter
@@ -83,7 +83,7 @@ def _load(
             raise DataError(f"--data {name}=...: {name} is not among --tasks {','.join(names)}; add it there")
     if names:
         return [load_task(name, recipe, sources.get(name), few_shot, limit) for name in dict.fromkeys(names)]
-    own = [name for name in OWN if not (name in ("heldout", "answers") and _nothing_held(recipe, sources))]
+    own = [name for name in OWN if not (name in HELD and _nothing_held(recipe, sources))]
     return [load_task(n, recipe, sources.get(n), few_shot, limit) for n in dict.fromkeys([*own, *sources])]
 
 
@@ -109,6 +109,7 @@ def _write_overlap(folder: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / OVERLAP
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    tasks = [task for task in tasks if task.kind != "memory"]  # of which half is training text
     texts = {f"{task.name}\0{item.id}": _text(item) for task in tasks for item in task.items}
     train, *_ = read_records(recipe)
     shares = overlap(texts, (record.text or "\n".join(t for _, t in record.messages) for record in train), N)

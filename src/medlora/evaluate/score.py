@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import takewhile
 from typing import Any, cast
 
 from medlora.data.prompts import IGNORE, Example, render
 from medlora.evaluate import claims, similarity
 from medlora.evaluate.letters import MAX_NEW_TOKENS, letter_prompt, parse_letter
-from medlora.evaluate.likelihood import Request, choice_request, loss_request, score
+from medlora.evaluate.likelihood import Request, choice_request, loss_request, predict, score
+from medlora.evaluate.metrics import TARGET
 from medlora.evaluate.store import Line, Store
 from medlora.evaluate.tasks.base import Choice, Passage, Task
+from medlora.evaluate.tasks.memorisation import HINT
 from medlora.generate.answer import Assistant
 from medlora.generate.sampling import Sampling
 from medlora.progress import bar
@@ -25,7 +28,7 @@ def score_task(assistant: Assistant, recipe: Recipe, task: Task, store: Store, *
         DataError: a held-out row that the recipe refuses. ModelError: a question longer than the context.
     """
     scorers: dict[str, Callable[..., Iterator[Line]]] = {
-        "choice": _choices, "loss": _losses, "letter": _letters, "answer": _answers,
+        "choice": _choices, "loss": _losses, "letter": _letters, "answer": _answers, "memory": _memories,
     }  # fmt: skip
     left = [item for item in task.items if item.id not in store.done]
     side = "tuned" if tuned else "untuned"
@@ -39,7 +42,7 @@ def score_task(assistant: Assistant, recipe: Recipe, task: Task, store: Store, *
 
 def running(kind: str, lines: Sequence[Line]) -> str:
     """The score so far, in a few words."""
-    if kind == "loss":
+    if kind in ("loss", "memory"):
         return f"loss {sum(x['nll'] for x in lines) / max(sum(x['tokens'] for x in lines), 1):.3f}"
     name = "rougeL" if kind == "answer" else "acc"
     return f"{'ROUGE-L' if kind == 'answer' else name} {sum(x[name] for x in lines) / len(lines):.3f}"
@@ -51,8 +54,11 @@ def _side(assistant: Assistant, tuned: bool) -> AbstractContextManager[Any]:
 
 
 def _scores(assistant: Assistant, requests: Sequence[Request], tuned: bool) -> Iterator[list[float]]:
-    """The scores of each request; the adapter is back in its place whenever the caller has the turn."""
-    batches = score(assistant.model, requests)
+    return _each(assistant, score(assistant.model, requests), tuned)
+
+
+def _each(assistant: Assistant, batches: Iterator[list[Any]], tuned: bool) -> Iterator[Any]:
+    """What is found for each request; the adapter is back in its place whenever the caller has the turn."""
     while True:
         with _side(assistant, tuned):
             found = next(batches, None)
@@ -109,6 +115,24 @@ def _loss_line(tokenizer: Any, item: Passage, pieces: list[tuple[Example, float]
         "id": item.id, "prompt": tokenizer.decode(pieces[0][0].input_ids[:first]), "group": item.group,
         "nll": sum(nll for _, nll in pieces), "tokens": len(labelled), "bytes": len(said.strip().encode()),
     }  # fmt: skip
+
+
+def _memories(assistant: Assistant, recipe: Recipe, items: Sequence[Passage], tuned: bool) -> Iterator[Line]:
+    """`reproduced`: how many tokens of the target are the likeliest up to the first that is not; None for an answer too
+    short to be asked."""
+    tokenizer = assistant.tokenizer
+    rows = [(item, example) for item in items for example in item.examples(tokenizer, recipe)[:1]]
+    found = _each(assistant, predict(assistant.model, [loss_request(example) for _, example in rows]), tuned)
+    for (item, example), (tokens,) in zip(rows, found, strict=True):
+        labelled = [i for i, label in enumerate(example.labels) if label != IGNORE]
+        asked = labelled[HINT : HINT + TARGET]
+        matched = takewhile(lambda token: token[1], tokens[HINT : HINT + TARGET])
+        whole = len(asked) == TARGET
+        yield {
+            "id": item.id, "prompt": tokenizer.decode(example.input_ids[: asked[0]] if whole else []),
+            "group": item.group, "nll": -sum(value for value, _ in tokens), "tokens": len(tokens),
+            "reproduced": len(list(matched)) if whole else None,
+        }  # fmt: skip
 
 
 def _letters(assistant: Assistant, recipe: Recipe, items: Sequence[Choice], tuned: bool) -> Iterator[Line]:

@@ -6,6 +6,8 @@ the rest     sum of numerators / sum of denominators over items: a mean, or a to
              which are items, or whole topics where items share one and so are not independent. Percentile intervals,
              expanded for few units (Hesterberg, American Statistician 69, 2015); the p-value centres the resampled
              differences on zero (Efron and Tibshirani 1993, chapter 16)
+AUC          of two groups of items; Newcombe's fifth method (Statistics in Medicine 25, 2006, 559-573): Hanley and
+             McNeil's variance at the bound itself, which holds near 0 and 1 too
 many tests   Holm (1979)
 """
 
@@ -147,6 +149,27 @@ def _items_for_ratios(items: int, difference: float, error: float) -> int | None
     if difference == 0:
         return None
     return max(1, math.ceil(items * ((_Z + _NORMAL.inv_cdf(POWER)) * error / difference) ** 2))
+
+
+def auc(above: Array, below: Array) -> Interval:
+    """Area under the ROC curve: the chance that one of `above` exceeds one of `below`, a tie counting half."""
+    pairs = (above[:, None] > below) + 0.5 * (above[:, None] == below)
+    value, least = float(pairs.mean()), min(pairs.shape)
+    if least < LEAST_UNITS:
+        return Interval(value, None, None)
+    low, high = (_auc_bound(value, end, *pairs.shape) for end in (0.0, 1.0))
+    return Interval(value, low, high)
+
+
+def _auc_bound(value: float, end: float, above: int, below: int) -> float:
+    """The area between `value` and `end` that lies as far from `value` as its own standard error allows."""
+    more = (above + below) / 2 - 1
+    near, far = value, end
+    for _ in range(60):
+        area = (near + far) / 2
+        spread = area * (1 - area) * (1 + more * ((1 - area) / (2 - area) + area / (1 + area))) / (above * below)
+        near, far = (area, far) if (value - area) ** 2 < _Z**2 * spread else (near, area)
+    return near
 
 
 def holm(p: Sequence[float]) -> list[float]:

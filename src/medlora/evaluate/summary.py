@@ -3,7 +3,8 @@
 `evaluation/summary.json` holds
 
     {"medlora", "confidence", "resamples", "tests",
-     "tasks": {task: {"kind", "settings", "general", "items": {side: count}, "metrics", "clean"?, "groups"}}}
+     "tasks": {task: {"kind", "settings", "general", "items": {side: count}, "metrics", "clean"?, "groups"}},
+     "membership": {"auc", "trained", "held_out"} or None}
 
 `metrics` is {metric: {"untuned", "tuned", "difference": {"value", "low", "high"}, "p", "p_holm", "items",
 "items_needed", "verdict"}}; a task measured on one side only has that side's interval alone. `clean` holds the same
@@ -19,8 +20,10 @@ from typing import Any
 
 from medlora import __version__
 from medlora.errors import DataError, RunError
+from medlora.evaluate.membership import membership
 from medlora.evaluate.metrics import CLUSTER, METRICS, Entry, Item, correct, measure, metric
 from medlora.evaluate.statistics import CONFIDENCE, LEAST_UNITS, RESAMPLES
+from medlora.evaluate.tasks.memorisation import CONTROL, TRAINED
 
 FOLDER, NAME, OVERLAP = "evaluation", "summary.json", "overlap.json"
 SIDES = ("untuned", "tuned")
@@ -82,11 +85,12 @@ def summarize(folder: Path) -> dict[str, Any]:
     """
     overlap_file = folder / OVERLAP
     overlap = json.loads(overlap_file.read_text(encoding="utf-8")) if overlap_file.is_file() else {}
-    tasks = {task: _task(task, sides, overlap.get(task)) for task, sides in read(folder).items()}
+    found = read(folder)
+    tasks = {task: _task(task, sides, overlap.get(task)) for task, sides in found.items()}
     tests = correct([(task["kind"], task["metrics"]) for task in tasks.values()])
     correct([(task["kind"], task["clean"]["metrics"]) for task in tasks.values() if "clean" in task])
     head = {"medlora": __version__, "confidence": CONFIDENCE, "resamples": RESAMPLES, "tests": tests}
-    summary = {**head, "tasks": tasks}
+    summary = {**head, "tasks": tasks, "membership": _membership(found)}
     part = folder / f".{NAME}.part"
     part.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(folder / NAME)
@@ -111,6 +115,12 @@ def _task(name: str, sides: dict[str, Side], overlap: dict[str, float] | None) -
     if clean and len(clean) < len(ids):
         task["clean"] = {"items": len(clean), "metrics": measure(header["kind"], _pick(sides, clean))}
     return task
+
+
+def _membership(found: dict[str, dict[str, Side]]) -> dict[str, Any] | None:
+    """Where both sides of trained and of held-out rows were measured."""
+    rows = [{side: held.items for side, held in found.get(task, {}).items()} for task in (TRAINED, CONTROL)]
+    return membership(*rows) if all(each.keys() == set(SIDES) for each in rows) else None
 
 
 def shared_ids(sides: Iterable[Side]) -> list[str]:
@@ -151,19 +161,32 @@ def show(interval: dict[str, float | None] | None, digits: int, *, sign: bool = 
 
 
 def describe(summary: dict[str, Any]) -> list[str]:
-    """The table for a terminal: medical tasks first, then what the tuning cost elsewhere."""
+    """The table for a terminal: medical tasks first, then what the tuning cost elsewhere, and what it gives away."""
     lines: list[str] = []
-    medical = {name: task for name, task in summary["tasks"].items() if not task["general"]}
-    general = {name: task for name, task in summary["tasks"].items() if task["general"]}
-    for title, tasks in (("Medical", medical), ("Forgetting: general items", general)):
+    for title, part in (("Medical", "medical"), ("Forgetting: general items", GENERAL), ("Memorisation", "memory")):
+        tasks = {name: task for name, task in summary["tasks"].items() if part_of(task) == part}
         if tasks:
             heads = ("untuned", "tuned", "difference")
             lines += ["", f"{title:<32}" + "".join(f"{head:<26}" for head in heads) + "verdict"]
         for name, task in tasks.items():
             lines += _describe_task(name, task)
+    lines += [f"  {told(summary['membership'])}"] if summary["membership"] else []
     lines += [f"warning: {name}: {FORGETTING}" for name in forgotten(summary)]
     lines += ["", f"[95 % intervals]; verdicts at 5 % after Holm's correction over {summary['tests']} tests"]
     return lines[1:]
+
+
+def part_of(task: dict[str, Any]) -> str:
+    """medical, general or memory: the part of a report that a task belongs to."""
+    return "memory" if task["kind"] == "memory" else GENERAL if task["general"] else "medical"
+
+
+def told(membership: dict[str, Any]) -> str:
+    """What membership says, as a sentence."""
+    return (
+        f"trained rows told from held-out ones by how much their loss fell: AUC {show(membership['auc'], 3)} "
+        f"(0.5 is a guess, 1 every time; {membership['trained']} and {membership['held_out']} rows)"
+    )
 
 
 def forgotten(summary: dict[str, Any]) -> list[str]:

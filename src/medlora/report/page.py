@@ -8,7 +8,7 @@ from typing import Any
 
 from medlora import __version__
 from medlora.evaluate.metrics import METRICS, metric
-from medlora.evaluate.summary import SIDES, forgotten, show, words
+from medlora.evaluate.summary import SIDES, forgotten, part_of, show, told, words
 from medlora.report.figures import figures
 from medlora.report.run import Pair, RunData, evaluation_settings, read_run
 
@@ -31,7 +31,8 @@ class Row:
 class Task:
     name: str
     items: int
-    general: bool
+    part: str
+    """As `summary.part_of`."""
     rows: list[Row]
     overlapping: int | None
     """Items that share a sequence of words with the training text; None: not looked for."""
@@ -87,6 +88,7 @@ def render(run: RunData) -> str:
         tests=(run.summary or {}).get("tests", 0),
         verdicts=sentences(run),
         forgotten=forgotten(run.summary) if run.summary else [],
+        membership=told(run.summary["membership"]) if run.summary and run.summary["membership"] else "",
         figures={figure.name: figure for figure in figures(run)},
         facts=facts(run.manifest),
         data=_data(run.manifest["data"]),
@@ -116,7 +118,7 @@ def _task(name: str, task: dict[str, Any]) -> Task:
     return Task(
         name,
         min(task["items"].values()),
-        task["general"],
+        part_of(task),
         _rows(task["kind"], task["metrics"]),
         task.get("overlapping"),
         _rows(task["kind"], clean),

@@ -1,7 +1,6 @@
 """Everything a run folder says about itself, read once into plain objects; what is not there stays None."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from medlora.errors import RunError
 from medlora.evaluate import summary
 from medlora.evaluate.calibration import Calibration, calibrate
 from medlora.evaluate.summary import SIDES, Side
+from medlora.evaluate.tasks.base import spread
 from medlora.train import manifest as manifests
 
 SHOWN, WORST = 20, 10
@@ -67,11 +67,6 @@ def read_run(folder: Path) -> RunData:
         _worst(answered),
         calibrate(tasks),
     )
-
-
-def spread(pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """`count` of them at even distances, the first among them: no hand picks what is shown."""
-    return [pairs[i * len(pairs) // count] for i in range(count)] if len(pairs) > count else list(pairs)
 
 
 def _kind(sides: dict[str, Side]) -> str:

@@ -1,7 +1,7 @@
 """The tasks, one file each: what is asked and what is right. Bad data is refused here, before a model loads."""
 
 from medlora.errors import DataError
-from medlora.evaluate.tasks import choices, general, heldout, medmcqa, medqa, mmlu, pubmedqa
+from medlora.evaluate.tasks import choices, general, heldout, medmcqa, medqa, memorisation, mmlu, pubmedqa
 from medlora.evaluate.tasks.base import Task
 from medlora.recipe import Recipe
 
@@ -13,9 +13,11 @@ CHOICES = {
     "choices": choices.load,
     "general_questions": general.load_questions,
 }
-OWN = ("heldout", "answers", "general_text", "general_questions")
+HELD = ("heldout", "answers", memorisation.CONTROL)
+"""What needs rows that the run held out."""
+OWN = (*HELD[:2], memorisation.TRAINED, memorisation.CONTROL, "general_text", "general_questions")
 """What needs no data beside the run's; measured where no tasks are named."""
-NAMES = (*OWN[:3], *CHOICES)
+NAMES = (*OWN[:-1], *CHOICES)
 
 
 def load_task(name: str, recipe: Recipe, source: str | None, few_shot: int, limit: int | None) -> Task:
@@ -30,6 +32,10 @@ def load_task(name: str, recipe: Recipe, source: str | None, few_shot: int, limi
         return heldout.load_loss(recipe, source, limit)
     if name == "answers":
         return heldout.load_answers(recipe, source, limit)
+    if name == memorisation.TRAINED:
+        return memorisation.load_trained(recipe, source, limit)
+    if name == memorisation.CONTROL:
+        return memorisation.load_control(recipe, source, limit)
     if name == "general_text":
         return general.load_text(source, limit)
     raise DataError(f"{name}: no such task; there are {', '.join(NAMES)}")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from medlora.data.prompts import IGNORE, Example, Tokenizer, encode, fit
 from medlora.data.sources import Record, decoded, parquet_rows
@@ -16,8 +16,9 @@ from medlora.errors import DataError
 from medlora.recipe import Recipe
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-Kind = Literal["loss", "choice", "letter", "answer"]
+Kind = Literal["loss", "choice", "letter", "answer", "memory"]
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,11 @@ def make_task(
     digest = hashlib.sha256(repr(kept).encode()).hexdigest()
     settings = {"source": source, "sha256": digest, "limit": limit, "items": len(kept), **more}
     return Task(name, kind, kept, settings)  # type: ignore[arg-type]
+
+
+def spread(found: Sequence[T], count: int) -> list[T]:
+    """`count` of them at even distances, the first among them: no hand picks them."""
+    return [found[i * len(found) // count] for i in range(count)] if len(found) > count else list(found)
 
 
 def read_rows(file: Path) -> list[tuple[str, Row]]:

@@ -41,13 +41,13 @@ def _held_out(recipe: Recipe, source: str | None) -> tuple[list[Passage], str]:
             f"{name}: the run held no rows out; give some with --data heldout=FILE, in the recipe's columns"
         )
     rows = {raw.where: raw.row or {} for raw in raw_rows(name, recipe.data)}
-    root = str(TERMS if name == EMBEDDED else Path(name).expanduser())
     grouped = bool(recipe.data.group)
-    return [Passage(_id(r.where, root), r, _group(r, rows.get(r.where, {}), grouped)) for r in records], name
+    return [Passage(row_id(r.where, name), r, _group(r, rows.get(r.where, {}), grouped)) for r in records], name
 
 
-def _id(where: str, root: str) -> str:
+def row_id(where: str, source: str) -> str:
     """Where the row stands, inside the file or folder."""
+    root = str(TERMS if source == EMBEDDED else Path(source).expanduser())
     return where.removeprefix(root).lstrip("/:") if where.startswith(root) else where
 
 
