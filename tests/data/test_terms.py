@@ -25,7 +25,7 @@ def test_each_is_one_paragraph_of_60_to_140_words() -> None:
 
 
 def test_no_term_is_both_trained_and_held_out_and_ascariasis_is_trained() -> None:
-    train, valid, bad, _ = read_records(load_recipe("demo"))
+    train, valid, bad, *_ = read_records(load_recipe("demo"))
     assert not bad and len(train) + len(valid) == len(ROWS)
     assert not {r.group for r in train} & {r.group for r in valid} and len(valid) >= 15
     assert "Ascariasis" in {r.group for r in train}

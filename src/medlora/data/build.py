@@ -1,11 +1,14 @@
 """From a recipe to train and held-out examples, with every row accounted for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from medlora.data.identifiers import Found, search
 from medlora.data.prompts import Example, Tokenizer, encode, fit
 from medlora.data.sources import Raw, Record, load
 from medlora.data.split import fingerprint, refuse_overlap, split
+from medlora.errors import DataError
 from medlora.recipe import Columns, Recipe
 
 
@@ -20,6 +23,10 @@ class Corpus:
     """sha256 of the train and held-out records, before tokenization."""
     columns: tuple[Columns, ...] = ()
     """Those that the rows were recognised by."""
+    identifiers: Found = field(default_factory=Found)
+    """In rows to train on, or, where they are dropped, in rows that were."""
+    drops: bool = False
+    """Whether rows with identifiers are left out."""
 
     @property
     def train_tokens(self) -> int:
@@ -41,17 +48,32 @@ class Corpus:
         if self.long:
             verb = {"drop": "dropped", "split": "split", "truncate": "truncated"}[self.policy]
             lines.append(f"{verb} {self.long:,} rows longer than data.max_length")
+        if self.identifiers.rows:
+            left_out = "left out " if self.drops else ""
+            lines.append(f"{left_out}{self.identifiers.describe()}; see data.on_identifiers")
         return lines
 
 
-def read_records(recipe: Recipe) -> tuple[list[Record], list[Record], list[Raw], tuple[Columns, ...]]:
-    """(train, valid, bad) records, before tokenization, and the columns that they were recognised by.
+class Records(NamedTuple):
+    """Before tokenization."""
+
+    train: list[Record]
+    valid: list[Record]
+    bad: list[Raw]
+    columns: tuple[Columns, ...]
+    """Those that the rows were recognised by."""
+    dropped: Found
+    """Rows that were left out for identifiers."""
+
+
+def read_records(recipe: Recipe) -> Records:
+    """What a recipe's data holds.
 
     Raises:
-        DataError: as `sources.load`, `split.split` and `split.refuse_overlap`.
+        DataError: as `sources.load`, `split.split` and `split.refuse_overlap`; or all rows were dropped.
     """
     source = load(recipe.data)
-    bad, columns = source.bad, source.columns
+    bad, columns, dropped = source.bad, source.columns, Found()
     if recipe.data.valid_path:
         held = load(recipe.data, recipe.data.valid_path)
         train, valid, bad = source.records, held.records, bad + held.bad
@@ -59,17 +81,25 @@ def read_records(recipe: Recipe) -> tuple[list[Record], list[Record], list[Raw],
         refuse_overlap(train, valid)
     else:
         train, valid = split(source.records, recipe.data.valid_fraction, recipe.data.split_seed)
-    return train[: recipe.data.max_rows], valid[: recipe.evaluation.max_rows], bad, columns
+    if recipe.data.on_identifiers == "drop":
+        dropped = search(train)
+        train = [record for record in train if record.where not in dropped.rows]
+        if not train:
+            raise DataError(f"no row is left: {dropped.describe()}; set data.on_identifiers to report")
+    return Records(train[: recipe.data.max_rows], valid[: recipe.evaluation.max_rows], bad, columns, dropped)
 
 
 def build(recipe: Recipe, tokenizer: Tokenizer) -> Corpus:
     """Everything a run learns from and is measured on. No weights are needed yet.
 
     Raises:
-        DataError: as `read_records`, `prompts.encode` and `prompts.fit`.
+        DataError: as `read_records`, `prompts.encode` and `prompts.fit`; or identifiers that the recipe refuses.
     """
-    train, valid, bad, columns = read_records(recipe)
+    train, valid, bad, columns, dropped = read_records(recipe)
     data = recipe.data
+    identifiers = search(train) if data.on_identifiers in ("report", "error") else dropped
+    if data.on_identifiers == "error" and identifiers.rows:
+        raise DataError(f"{identifiers.describe()}; look at them, or set data.on_identifiers to report, drop or ignore")
     fitted = fit(encode(tokenizer, train, recipe.prompt), data.max_length, data.on_long_row)
     held = fit(encode(tokenizer, valid, recipe.prompt), data.max_length, data.on_long_row) if valid else None
     return Corpus(
@@ -80,6 +110,8 @@ def build(recipe: Recipe, tokenizer: Tokenizer) -> Corpus:
         policy=data.on_long_row,
         fingerprint=fingerprint([*train, *valid]),
         columns=columns,
+        identifiers=identifiers,
+        drops=data.on_identifiers == "drop",
     )
 
 

@@ -111,7 +111,7 @@ def _held_out(run: Path, tokenizer: Tokenizer) -> list[Example]:
     """Rows that the run held out, in order, up to CHECKED tokens; none where it held out none."""
     recipe = load_recipe(run / "recipe.yaml")
     try:
-        valid = read_records(recipe)[1]
+        valid = read_records(recipe).valid
     except DataError as error:
         raise DataError(f"{error}; without the run's data, --no-check exports what cannot be measured") from None
     if not valid:

@@ -171,15 +171,21 @@ def facts(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _data(data: dict[str, Any]) -> list[tuple[str, str]]:
-    bad = data.get("bad_rows", [])
+    bad, telling = data.get("bad_rows", []), data.get("identifiers", {})
     return [
         ("Source", data["path"]),
         ("Rows trained on", f"{data['train_rows']:,} ({data['train_tokens']:,} tokens)"),
         ("Rows held out", f"{data['valid_rows']:,}"),
         ("Left out as unreadable", f"{len(bad):,}" + (f": {'; '.join(bad[:3])}" if bad else "")),
         ("Longer than allowed, treated as the recipe says", f"{data['long_rows']:,}"),
+        ("Rows that look as if they held identifiers", _telling(**telling) if telling else "not searched"),
         ("Fingerprint (sha256)", data["sha256"]),
     ]
+
+
+def _telling(rows: int, dropped: bool, **kinds: int) -> str:
+    named = ", ".join(f"{kind} {count:,}" for kind, count in kinds.items())
+    return f"{rows:,}" + (f" ({named})" if named else "") + (", left out" if rows and dropped else "")
 
 
 def _shown(pair: Pair) -> Shown:

@@ -99,6 +99,7 @@ def train(recipe: Recipe, output: Path | None = None, say: Say = print, gpus: in
             "valid_rows": len(corpus.valid),
             "bad_rows": [f"{raw.where}: {raw.why}" for raw in corpus.bad],
             "long_rows": corpus.long,
+            "identifiers": {"rows": len(corpus.identifiers.rows), "dropped": corpus.drops, **corpus.identifiers.kinds},
         },
         "seed": recipe.training.seed,
     }

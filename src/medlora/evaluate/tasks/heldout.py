@@ -35,7 +35,7 @@ def load_answers(recipe: Recipe, source: str | None, limit: int | None) -> Task:
 
 def _held_out(recipe: Recipe, source: str | None) -> tuple[list[Passage], str]:
     name = source or recipe.data.valid_path or recipe.data.path
-    records = load(recipe.data, source).records if source else read_records(recipe)[1]
+    records = load(recipe.data, source).records if source else read_records(recipe).valid
     if not records:
         raise DataError(
             f"{name}: the run held no rows out; give some with --data heldout=FILE, in the recipe's columns"

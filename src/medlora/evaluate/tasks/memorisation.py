@@ -27,7 +27,7 @@ HINT = 16  # tokens of the answer
 
 def load_trained(recipe: Recipe, source: str | None, limit: int | None) -> Task:
     """Kind `memory`: rows that were trained on, spread evenly."""
-    records = read_records(recipe)[0]
+    records = read_records(recipe).train
     seen = min(1.0, recipe.training.max_steps * recipe.training.samples / len(records))
     note = "" if seen == 1 else f"the run saw only {seen:.0%} of its training rows; any of them may be asked"
     return _task(TRAINED, recipe, source, records, recipe.data.path, limit, note)
@@ -35,7 +35,7 @@ def load_trained(recipe: Recipe, source: str | None, limit: int | None) -> Task:
 
 def load_control(recipe: Recipe, source: str | None, limit: int | None) -> Task:
     """The same of rows that were held out. Raises DataError where none were."""
-    records = read_records(recipe)[1]
+    records = read_records(recipe).valid
     return _task(CONTROL, recipe, source, records, recipe.data.valid_path or recipe.data.path, limit, "")
 
 
