@@ -87,7 +87,7 @@ class Data(Section):
     """Tokens a row may have, prompt, answer and special tokens together."""
     on_long_row: Literal["drop", "split", "truncate", "error"] = "drop"
     on_identifiers: Literal["report", "drop", "error", "ignore"] = "report"
-    """Rows to train on that look as if they held a name, a number or a date of a person."""
+    """Rows that look as if they held a name, a number or a date of a person."""
     max_rows: int | None = Field(None, ge=1)
     """Train on the first so many rows only."""
 

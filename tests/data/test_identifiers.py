@@ -74,23 +74,38 @@ def test_a_recipe_reports_drops_refuses_or_ignores_them(recipe: Callable[..., Re
     assert len(reported.train) == 10
     assert reported.identifiers.kinds == {"telephone number": 1, "name": 1, "e-mail address": 1}
     said = next(line for line in reported.summary() if "identifiers" in line)
-    assert said.startswith("2 rows look as if") and "rows.jsonl:3" in said and "data.on_identifiers" in said
+    assert (
+        said.startswith("rows that look as if they held identifiers: 2 (")
+        and "rows.jsonl:3" in said
+        and "data.on_identifiers" in said
+    )
     assert "Watson" not in said and "496" not in said  # a log is read by more people than the data
     dropped = build(recipe(on_identifiers="drop"), tokenizer)
-    assert len(dropped.train) == 8 and "left out 2 rows" in "\n".join(dropped.summary())
+    assert len(dropped.train) == 8 and "left out rows that look as if they held identifiers: 2" in "\n".join(
+        dropped.summary()
+    )
     assert [r.where.rpartition(":")[2] for r in read_records(recipe(on_identifiers="drop", max_rows=3)).train] == [
         "1", "2", "4",
     ]  # fmt: skip
-    with pytest.raises(DataError, match=r"2 rows look as if .*rows.jsonl:3, .*set data.on_identifiers to"):
+    with pytest.raises(DataError, match=r"identifiers: 2 .*rows.jsonl:3, .*set data.on_identifiers to"):
         build(recipe(on_identifiers="error"), tokenizer)
     ignored = build(recipe(on_identifiers="ignore"), tokenizer)
     assert len(ignored.train) == 10 and not any("identifiers" in line for line in ignored.summary())
 
 
+def test_rows_are_searched_on_either_side_of_the_split(
+    recipe: Callable[..., Recipe], write: Callable[[str, str | bytes], Path]
+) -> None:
+    held = write("held.jsonl", json.dumps({"prompt": "Who?", "completion": "Mrs. Miller of 12 Old Mill Road."}))
+    assert len(read_records(recipe(valid_path=str(held))).valid) == 1
+    records = read_records(recipe(valid_path=str(held), on_identifiers="drop"))
+    assert not records.valid and len(records.dropped.rows) == 3
+
+
 def test_data_of_nothing_else_is_refused(write: Callable[[str, str | bytes], Path]) -> None:
     file = write("a.jsonl", "\n".join(json.dumps({"prompt": f"{i}?", "completion": "a@b.org"}) for i in range(3)))
     data = {"path": str(file), "valid_fraction": 0.0, "on_identifiers": "drop"}
-    with pytest.raises(DataError, match="no row is left: 3 rows look as if"):
+    with pytest.raises(DataError, match="no row is left: rows that look as if they held identifiers: 3"):
         read_records(Recipe.model_validate({"name": "toy", "data": data}))
 
 

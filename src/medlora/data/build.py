@@ -24,7 +24,7 @@ class Corpus:
     columns: tuple[Columns, ...] = ()
     """Those that the rows were recognised by."""
     identifiers: Found = field(default_factory=Found)
-    """In rows to train on, or, where they are dropped, in rows that were."""
+    """In the rows, or, where they are dropped, in those that were."""
     drops: bool = False
     """Whether rows with identifiers are left out."""
 
@@ -81,9 +81,9 @@ def read_records(recipe: Recipe) -> Records:
         refuse_overlap(train, valid)
     else:
         train, valid = split(source.records, recipe.data.valid_fraction, recipe.data.split_seed)
-    if recipe.data.on_identifiers == "drop":
-        dropped = search(train)
-        train = [record for record in train if record.where not in dropped.rows]
+    if recipe.data.on_identifiers == "drop":  # from either side: a report shows held-out rows
+        dropped = search([*train, *valid])
+        train, valid = ([r for r in records if r.where not in dropped.rows] for records in (train, valid))
         if not train:
             raise DataError(f"no row is left: {dropped.describe()}; set data.on_identifiers to report")
     return Records(train[: recipe.data.max_rows], valid[: recipe.evaluation.max_rows], bad, columns, dropped)
@@ -97,7 +97,7 @@ def build(recipe: Recipe, tokenizer: Tokenizer) -> Corpus:
     """
     train, valid, bad, columns, dropped = read_records(recipe)
     data = recipe.data
-    identifiers = search(train) if data.on_identifiers in ("report", "error") else dropped
+    identifiers = search([*train, *valid]) if data.on_identifiers in ("report", "error") else dropped
     if data.on_identifiers == "error" and identifiers.rows:
         raise DataError(f"{identifiers.describe()}; look at them, or set data.on_identifiers to report, drop or ignore")
     fitted = fit(encode(tokenizer, train, recipe.prompt), data.max_length, data.on_long_row)

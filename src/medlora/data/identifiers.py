@@ -58,10 +58,10 @@ class Found:
         return dict(Counter(kind for kinds in self.rows.values() for kind in kinds).most_common())
 
     def describe(self) -> str:
-        """`12 rows look as if ...`, with the first of them; never what stands there."""
+        """How many, of which kinds, and where the first of them stand; never what stands there."""
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.items())
         places = ", ".join(list(self.rows)[:3]) + ", ..." * (len(self.rows) > 3)
-        return f"{len(self.rows):,} rows look as if they held identifiers ({kinds}): {places}"
+        return f"rows that look as if they held identifiers: {len(self.rows):,} ({kinds}), at {places}"
 
 
 def kinds_in(text: str) -> tuple[str, ...]:
