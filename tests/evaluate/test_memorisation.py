@@ -155,3 +155,16 @@ def test_the_rows_are_the_run_s_own(trained: Path) -> None:
         load_task("memorisation_control", alone, None, 0, None)
     assert {task.name for task in runs._load(alone, [], {}, 0, 2)} >= {"memorisation"}
     assert not {task.name for task in runs._load(alone, [], {}, 0, 2)} & {"heldout", "memorisation_control"}
+
+
+def test_rows_of_a_group_count_once(trained: Path) -> None:
+    recipe = load_recipe(trained / "recipe.yaml")
+    file = trained / "visits.jsonl"
+    rows = [{"patient": i // 3, "prompt": f"Visit {i}?", "completion": "Rest."} for i in range(24)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    data = recipe.data.model_copy(
+        update={"path": str(file), "group": "patient", "valid_path": None, "valid_fraction": 0.3}
+    )
+    found = load_task("memorisation", recipe.model_copy(update={"data": data}), None, 0, None)
+    told = {int(item.record.messages[0][1].removeprefix("Visit ").rstrip("?")) // 3 for item in found.items}
+    assert len(told) == len(found.items) and 4 <= len(told) <= 8

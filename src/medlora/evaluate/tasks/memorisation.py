@@ -21,7 +21,7 @@ from medlora.evaluate.tasks.heldout import row_id
 from medlora.recipe import Recipe
 
 TRAINED, CONTROL = "memorisation", "memorisation_control"
-ROWS = 100  # of each
+ROWS = 100  # of each, one of a group at most
 HINT = 16  # tokens of the answer
 
 
@@ -44,9 +44,7 @@ def _task(
 ) -> Task:
     if source:
         raise DataError(f"--data {name}={source}: its rows are those of the run; leave it out")
-    passages = [
-        Passage(row_id(r.where, path), r, {"topic": r.group} if recipe.data.group else {})
-        for r in spread(records, ROWS)
-    ]
+    independent = list({record.group: record for record in reversed(records)}.values())[::-1]  # the first of each group
+    passages = [Passage(row_id(record.where, path), record) for record in spread(independent, ROWS)]
     rule = {"max_length": recipe.data.max_length, "hint": HINT, "target": TARGET}
     return make_task(name, "memory", passages, path, limit, rows=rule, **({"notes": note} if note else {}))
