@@ -70,20 +70,40 @@ def test_greedy_tokens_of_qwen2(toy_qwen2: Any) -> None:
 
 def test_a_row_may_end_while_a_step_beyond_it_is_under_way(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU steps are launched ahead of what is read."""
-    begin = Batch.__init__
-
-    def ahead(self: Batch, *arguments: Any) -> None:
-        begin(self, *arguments)
-        self.ahead = True
-
     ids = [prompt(seed, 20) for seed in range(12)]  # more than the engine's seats
     settings = Sampling(max_new_tokens=9)
     alone = [ids_of(engine.generate([Request(each, settings, "all")])[0]) for each in ids]
-    monkeypatch.setattr(Batch, "__init__", ahead)
+    monkeypatch.setattr(Batch, "ahead", True)
     ends = [frozenset({tokens[i % 5 + 1]}) for i, tokens in enumerate(alone)]
     found = engine.generate([Request(each, settings, "all", end) for each, end in zip(ids, ends, strict=True)])
     for tokens, whole, end in zip(found, alone, ends, strict=True):
         assert ids_of(tokens) == whole[: next(i for i, token in enumerate(whole) if token in end) + 1]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_that_arrive_while_others_run_are_as_alone_and_unwanted_ones_leave(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    settings = Sampling(max_new_tokens=12, temperature=0.9, seed=3)
+    requests = [Request(prompt(seed, 10 + seed), settings, "all" if seed % 2 else None) for seed in range(14)]
+    alone = [ids_of(engine.generate([request])[0]) for request in requests]
+    monkeypatch.setattr(Batch, "ahead", ahead)
+    rows = [engine.row(index, request) for index, request in enumerate(requests)]
+    left, found, asked = list(rows), [list[int]() for _ in rows], []
+
+    def arrivals(idle: bool) -> list[Any]:
+        asked.append(idle)
+        if len(asked) == 4:
+            rows[0].done = True  # at work
+            rows[13].done = True  # not even there yet
+        come, left[:] = left[:2], left[2:]
+        return come
+
+    for token in engine.serve(arrivals):
+        found[token.request].append(token.id)
+    assert 0 < len(found[0]) < 12 and found[0] == alone[0][: len(found[0])] and not found[13]
+    assert found[1:13] == alone[1:13]
+    assert asked[0] and asked[-1] and not any(asked[1:7])
 
 
 def test_a_penalty_is_that_of_transformers(toy_model: Any, engine: Engine) -> None:

@@ -12,6 +12,7 @@ from medlora.cli.export import export
 from medlora.cli.info import doctor, recipes
 from medlora.cli.options import fail
 from medlora.cli.report import compare, report
+from medlora.cli.serve import serve
 from medlora.cli.train import follow, train
 from medlora.errors import MedloraError, ModelError
 
@@ -54,5 +55,5 @@ def cli() -> None:
     """
 
 
-for command in (train, follow, evaluate, ask, chat, report, compare, export, recipes, doctor):
+for command in (train, follow, evaluate, ask, chat, serve, report, compare, export, recipes, doctor):
     cli.add_command(command)

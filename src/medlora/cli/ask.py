@@ -15,6 +15,23 @@ if TYPE_CHECKING:
     from medlora.generate.sampling import Sampling
 
 
+def model_options(command: Command) -> Command:
+    """Which model answers."""
+    for option in (
+        click.option(
+            "--template", type=click.Choice(["llama2"]), help="Chat template where the model brings none of its own."
+        ),
+        click.option("--base", "base", metavar="MODEL", help="Base model: embedded, a hub id, a folder or a .gguf."),
+        click.option(
+            "--adapter",
+            type=click.Path(path_type=Path),
+            help="Run or adapter folder.  [default: newest in runs/]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def _sampling(command: Command) -> Command:
     for option in (
         click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times."),
@@ -37,15 +54,7 @@ def _sampling(command: Command) -> Command:
         click.option("--max-new-tokens", type=click.IntRange(1), help="Longest answer, in tokens.  [default: 300]"),
         click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from this share only."),
         click.option("--temperature", type=click.FloatRange(0), help="0 is greedy.  [default: 0]"),
-        click.option(
-            "--template", type=click.Choice(["llama2"]), help="Chat template where the model brings none of its own."
-        ),
-        click.option("--base", "base", metavar="MODEL", help="Base model: embedded, a hub id, a folder or a .gguf."),
-        click.option(
-            "--adapter",
-            type=click.Path(path_type=Path),
-            help="Run or adapter folder.  [default: newest in runs/]",
-        ),
+        model_options,
         click.option("--no-notice", is_flag=True, help="Leave out the line that an answer is not medical advice."),
     ):
         command = option(command)
@@ -120,24 +129,36 @@ def chat(**options: Any) -> None:
 
 
 def _assistant(options: dict[str, Any]) -> "tuple[Assistant, Sampling]":
+    assistant, _ = load_assistant(options["adapter"], options["base"], options["template"])
+    from medlora.generate.sampling import Sampling
+
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "seed", "regex", "stop")
+    schema = options["json_schema"] and options["json_schema"].read_text(encoding="utf-8")
+    return assistant, Sampling().override(json_schema=schema, **{name: options[name] for name in names})
+
+
+def load_assistant(given: Path | None, model: str | None, template: str | None) -> "tuple[Assistant, str]":
+    """What answers, and what to call it: a run or adapter folder, else a base, else the newest run.
+
+    Raises:
+        ModelError, AssetError, RecipeError: as `Assistant.load`.
+    """
     with without_gc():
         from medlora.model.adapter import base_of, find_adapter
         from medlora.recipe import Base, Prompt
 
-    given = options["adapter"] or (None if options["base"] else _newest_run())
+    given = given or (None if model else _newest_run())
     adapter = find_adapter(given) if given else None
-    base = Base(model=options["base"]) if options["base"] else base_of(adapter)
+    base = Base(model=model) if model else base_of(adapter)
     with importing(base):
         from medlora.generate.answer import Assistant
-        from medlora.generate.sampling import Sampling
 
-    prompt = Prompt(template=options["template"]) if options["template"] else None
+    prompt = Prompt(template=template) if template else None  # type: ignore[arg-type]
     assistant = Assistant.load(adapter, base, prompt)
     if assistant.slow:
         click.echo(f"(decoding through Transformers, which is slower: {assistant.slow})", err=True)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "seed", "regex", "stop")
-    schema = options["json_schema"] and options["json_schema"].read_text(encoding="utf-8")
-    return assistant, Sampling().override(json_schema=schema, **{name: options[name] for name in names})
+    named = adapter.parent if adapter and adapter.name == "adapter" else adapter or Path(base.model)
+    return assistant, named.resolve().name
 
 
 def _newest_run() -> Path | None:

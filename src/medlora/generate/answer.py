@@ -76,7 +76,7 @@ class Assistant:
     @property
     def slow(self) -> str | None:
         """Why this model decodes through Transformers, or None."""
-        return self._engine if isinstance(self._engine, str) else None
+        return self.engine if isinstance(self.engine, str) else None
 
     def stream(self, messages: Messages, settings: Sampling, *, tuned: bool = True) -> Iterator[str]:
         """Pieces of the answer's text, as they are decoded.
@@ -85,8 +85,8 @@ class Assistant:
             ModelError: the conversation leaves no room in the model's context.
             RecipeError: a JSON schema or regex that cannot be used.
         """
-        asked = self._request(messages, settings, tuned)
-        for token in self._tokens([asked]):
+        asked = self.request(messages, settings, tuned)
+        for token in self.tokens([asked]):
             piece = asked.text.piece(last=token.last)
             if piece:
                 yield piece
@@ -105,10 +105,10 @@ class Assistant:
             ModelError, RecipeError: as `stream`, for any of them.
         """
         started = time.monotonic()
-        asked = [self._request(messages, settings, tuned) for messages in conversations]
+        asked = [self.request(messages, settings, tuned) for messages in conversations]
         tokens: list[list[Token]] = [[] for _ in asked]
         seconds = [0.0] * len(asked)
-        for token in self._tokens(asked):
+        for token in self.tokens(asked):
             tokens[token.request].append(token)
             seconds[token.request] = time.monotonic() - started
         return [
@@ -124,9 +124,10 @@ class Assistant:
 
     def release(self) -> None:
         """Free what decoding holds, keys and values above all; the next question takes it again."""
-        self.__dict__.pop("_engine", None)
+        self.__dict__.pop("engine", None)
 
-    def _request(self, messages: Messages, settings: Sampling, tuned: bool) -> "_Asked":
+    def request(self, messages: Messages, settings: Sampling, tuned: bool) -> "Asked":
+        """A conversation ready to be decoded, with the text that its answer will be. Raises as `stream`."""
         prompt = prompt_ids(self.tokenizer, messages)
         context: int = self.model.config.max_position_embeddings
         limit: int = min(settings.max_length or context, context)
@@ -137,7 +138,7 @@ class Assistant:
         text = Text(self.tokenizer, settings.stop)
         adapter = self.model.active_adapter if self.has_adapter and tuned else None
         grammar = self._grammars.grammar(settings) if settings.json_schema or settings.regex else None
-        return _Asked(text, Request(prompt, settings, adapter, self._ends, text.ends_with, grammar))
+        return Asked(text, Request(prompt, settings, adapter, self._ends, text.ends_with, grammar))
 
     @cached_property
     def _ends(self) -> frozenset[int]:
@@ -150,17 +151,18 @@ class Assistant:
         return Grammars(self.tokenizer, self.model.config.vocab_size, self._ends)
 
     @cached_property
-    def _engine(self) -> Engine | str:
-        """Made at the first question: a model that is only trained needs none."""
+    def engine(self) -> Engine | str:
+        """Made at the first question, since a model that is only trained needs none; or why there is none."""
         try:
             return Engine(self.model)
         except Unknown as reason:
             return str(reason)
 
-    def _tokens(self, asked: Sequence["_Asked"]) -> Iterator[Token]:
+    def tokens(self, asked: Sequence["Asked"]) -> Iterator[Token]:
+        """Tokens of all, as they come. Raises ModelError as `Engine.stream`."""
         requests = [one.request for one in asked]
-        if isinstance(self._engine, Engine):
-            yield from self._engine.stream(requests)
+        if isinstance(self.engine, Engine):
+            yield from self.engine.stream(requests)
             return
         for index, request in enumerate(requests):
             yield from self._through_transformers(index, request)
@@ -190,8 +192,9 @@ class Assistant:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     text: Text
+    """Of the answer; it takes every token but an end token as `request.ended` is asked."""
     request: Request
 
 

@@ -1,7 +1,7 @@
 """Continuous batching (Yu et al. 2022, Orca): rows wait, enter, take a token a step together, and leave.
 
 A row waits until the cache has room for its longest answer, enters with all new prompts in as few passes as memory
-allows, and leaves when it ends; a waiting row takes the place at once.
+allows, and leaves when it ends, or once nobody wants it any more; a waiting row takes the place at once.
 
 On a GPU a step is launched before the tokens of the last one are read, so that the host's work hides behind the
 device's; a row that turns out to have ended leaves one token that nobody looks at. Where the host must see a token
@@ -34,6 +34,8 @@ DRAFTING = 4  # most rows that draft together: with more, the products are no lo
 
 SHORT = 2 * MAX_ROWS  # tokens of a prompt that two steps take
 
+Arrivals = Callable[[bool], Sequence[Row]]
+"""Rows that came since it was last asked; told whether all others have ended, when none means that no more will."""
 Step = Callable[[Tensor, Sequence[Span], Sequence[int]], Tensor]
 """Tokens [T], spans and the spans' adapters -> logits [T, V] float32."""
 
@@ -85,12 +87,21 @@ class Batch:
         self.seen: Tensor | None = None
         self.group: Group | None = None
         self.draft, self.pace = draft, Pace()
-        self.ahead = self.device.type == "cuda" and not draft and not any(row.request.constraint for row in rows)
 
-    def run(self) -> Iterator[Token]:
+    @property
+    def ahead(self) -> bool:
+        """Whether a step is launched before the last one is read."""
+        if self.device.type != "cuda" or self.draft:
+            return False
+        return not any(row.request.constraint for rows in (self.waiting, self.running) for row in rows)
+
+    def run(self, arrivals: Arrivals = lambda idle: ()) -> Iterator[Token]:
         flight: Flight | None = None
         try:
-            while self.waiting or self.running or flight:
+            while True:
+                self.waiting.extend(arrivals(not (self.waiting or self.running or flight)))
+                if not (self.waiting or self.running or flight):
+                    return
                 flight, landed = self._advance(flight)
                 yield from landed
         finally:
@@ -123,6 +134,9 @@ class Batch:
         admitted: list[Row] = []
         while self.waiting and self.seats:
             row = self.waiting[0]
+            if row.done:
+                self.waiting.popleft()
+                continue
             held = self.cache.take(row.request.ids, len(row.request.ids) + row.limit, row.slot)
             if held is None:
                 break

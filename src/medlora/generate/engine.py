@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medlora.errors import ModelError
-from medlora.generate.batch import SHORT, Batch, Step
+from medlora.generate.batch import SHORT, Arrivals, Batch, Step
 from medlora.generate.cache import Cache
 from medlora.generate.decoder import Decoder, Pass, Span
 from medlora.generate.graph import Steps
@@ -71,19 +71,34 @@ class Engine:
             ModelError: a prompt that is empty, leaves no room in the model's context or does not fit the cache, or an
                 adapter that is not there.
         """
-        rows = [self._row(index, request) for index, request in enumerate(requests)]
+        return self._batch([self.row(index, request) for index, request in enumerate(requests)]).run()
+
+    def serve(self, arrivals: Arrivals) -> Iterator[Token]:
+        """Tokens of rows that go on arriving, until none runs and none comes any more.
+
+        Raises:
+            ModelError: other calls hold the memory for keys and values.
+        """
+        return self._batch(()).run(arrivals)
+
+    def _batch(self, rows: Sequence[Row]) -> Batch:
         with torch.inference_mode():
             if self.decoder.refresh():
                 self.cache.forget()
         # Before the first capture, a pass is sooner than one capture more.
         short = SHORT if isinstance(self.step, Steps) and self.step.ready else 0
-        return Batch(self.decoder, self.cache, self.step, rows, self.rows, self.draft, short).run()
+        return Batch(self.decoder, self.cache, self.step, rows, self.rows, self.draft, short)
 
     def _step(self, tokens: Tensor, spans: Sequence[Span], slots: Sequence[int]) -> Tensor:
         hidden = self.decoder(tokens, Pass(self.decoder, spans, slots, step=True), self.cache)
         return self.decoder.logits(hidden)
 
-    def _row(self, index: int, request: Request) -> Row:
+    def row(self, index: int, request: Request) -> Row:
+        """A request as a row of this engine's; its tokens will carry the index.
+
+        Raises:
+            ModelError: as `stream`.
+        """
         known, settings = self.decoder.adapters, request.settings
         if request.adapter is not None and request.adapter not in known:
             raise ModelError(f"no adapter `{request.adapter}` on this base; there is {', '.join(known) or 'none'}")

@@ -75,6 +75,7 @@ class Row:
     launched: int = 0
     """Tokens asked for; on a GPU one more than `tokens` holds."""
     done: bool = False
+    """It has ended, or nobody wants it any more; then it leaves."""
     lookup: Lookup | None = None
     _drawn: list[float] = field(default_factory=list)
 
