@@ -20,7 +20,7 @@ import pytest
 import torch
 import uvicorn
 
-from medlora.errors import RunError
+from medlora.errors import ModelError, RunError
 from medlora.generate.answer import Assistant
 from medlora.generate.request import Token
 from medlora.generate.sampling import Sampling
@@ -28,6 +28,7 @@ from medlora.model.adapter import add_lora
 from medlora.recipe import Base, Lora, Prompt
 from medlora.serve import app as module
 from medlora.serve.app import LONGEST, Server
+from medlora.serve.worker import Worker
 
 HOSTS = frozenset({"127.0.0.1", "localhost"})
 
@@ -249,6 +250,28 @@ def test_more_than_can_wait_hear_so_and_a_failure_ends_nobody_else(
     assert status == 400 and "decoding failed; ask again" in text and "private" not in text
     monkeypatch.undo()
     assert engine.step is step and client.get("/v1/chat/completions", body)[0] == 200
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_server_that_stops_ends_what_is_under_way(llama_folder: Path, slow: bool) -> None:
+    assistant = toy(llama_folder)
+    if slow:
+        assistant.__dict__["engine"] = "not of the family"
+    worker = Worker(assistant)
+    worker.start()
+    deliver = worker._deliver
+    worker._deliver = lambda token: (time.sleep(0.1), deliver(token))  # type: ignore[assignment,func-returns-value]
+    asked = assistant.request([("user", "x")], Sampling(max_new_tokens=200, temperature=1.0, seed=2), True)
+    tickets = [worker.ask(asked) for _ in range(1 if not slow else 2)]
+    next(iter(tickets[0]))
+    began = time.monotonic()
+    worker.stop()
+    assert time.monotonic() - began < 5
+    for ticket in tickets:
+        with pytest.raises(ModelError, match="the server stops"):
+            list(ticket)
+    with pytest.raises(ModelError, match="the server stops"):
+        worker.ask(asked)
 
 
 def test_a_model_that_only_transformers_decodes_answers_in_turn(llama_folder: Path, alone: Assistant) -> None:

@@ -48,7 +48,8 @@ def require_equal(config: Any, tokenizer: Any) -> None:
     Raises:
         ModelError: an architecture, rotation or tokenizer that has no equal in llama.cpp.
     """
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(fast.to_str())["model"] if fast else {"type": type(tokenizer).__name__}
     if config.model_type not in ARCHITECTURES:
         what = f"{config.model_type} is"
     elif config.rope_parameters["rope_type"] not in ("default", "llama3"):
@@ -119,7 +120,12 @@ def _tensors(model: Any, arch: gguf.MODEL_ARCH) -> dict[str, Tensor]:
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    found = {str(names.get_name(name, try_suffixes=(".weight", ".bias"))): tensor for name, tensor in state.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        known = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if known is None:
+            raise ModelError(f"{name} has no name in GGUF; export a folder instead")
+        found[known] = tensor
     if config.rope_parameters["rope_type"] == "llama3":  # how much slower each pair turns
         turned = model.model.rotary_emb.inv_freq.double()
         plain = config.rope_parameters["rope_theta"] ** -(torch.arange(len(turned)) / len(turned)).double()
@@ -186,12 +192,12 @@ def _setting(step: dict[str, Any]) -> Any:
 def _type(i: int, token: str, pieces: dict[int, str], added: dict[int, Any], model: dict[str, Any]) -> TokenType:
     if i not in pieces:
         return TokenType.UNUSED
-    if token == model["unk_token"]:
+    pieced = model["byte_fallback"]  # SentencePiece's
+    if pieced and token == model["unk_token"]:
         return TokenType.UNKNOWN
     if i in added:
         return TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED
-    byte = model["byte_fallback"] and len(token) == 6 and token.startswith("<0x")
-    return TokenType.BYTE if byte else TokenType.NORMAL
+    return TokenType.BYTE if pieced and len(token) == 6 and token.startswith("<0x") else TokenType.NORMAL
 
 
 def _spaced(tokenizer: Any) -> bool:

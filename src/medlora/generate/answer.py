@@ -99,7 +99,7 @@ class Assistant:
         return self.answer([("user", question)], settings, tuned=tuned)
 
     def answer_many(self, conversations: Sequence[Messages], settings: Sampling, *, tuned: bool = True) -> list[Answer]:
-        """The answers to many conversations, decoded together; each is what it would be alone.
+        """The answers to many conversations, decoded together; on a GPU but for rounding what each would be alone.
 
         Raises:
             ModelError, RecipeError: as `stream`, for any of them.

@@ -1,8 +1,9 @@
 """A loaded model with any number of adapters, ready to decode many requests at once.
 
-Each request brings its own adapter or none, settings, seed and stop rule, and neither its tokens nor its draws depend
-on the company: untuned and tuned answers come from one base, in one batch. `Batch` schedules, `Decoder` computes,
-`Cache` remembers.
+Each request brings its own adapter or none, settings, seed and stop rule, and nothing of the others enters its numbers:
+untuned and tuned answers come from one base, in one batch. Draws are its own; but on a GPU products of other numbers of
+rows round otherwise, so that a near tie of two tokens may fall otherwise in company. `Batch` schedules, `Decoder`
+computes, `Cache` remembers.
 """
 
 from collections.abc import Iterator, Sequence

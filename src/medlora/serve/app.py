@@ -80,7 +80,8 @@ class Server:
         return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "Referrer-Policy": "no-referrer"})
 
     async def health(self, request: Request) -> Response:
-        return JSONResponse({"status": "ok"} if self.worker.is_alive() else {"status": "stopped"})
+        alive = self.worker.is_alive()
+        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
 
     async def list_models(self, request: Request) -> Response:
         models = [{"id": name, "object": "model", "owned_by": "medlora"} for name in self.models]

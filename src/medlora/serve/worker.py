@@ -1,7 +1,7 @@
 """One thread that decodes for everyone who asks: requests join the running batch between its steps.
 
-Each gets what it would get alone, whatever the company. A model that only Transformers can decode answers one request
-after the other.
+Each gets what it would get alone, but for rounding (`generate/engine.py`). A model that only Transformers can decode
+answers one request after the other.
 """
 
 import queue
@@ -70,9 +70,11 @@ class Worker(threading.Thread):
         """Have a request decoded.
 
         Raises:
-            Busy: too many are under way. ModelError: as `Engine.stream`.
+            Busy: too many are under way. ModelError: as `Engine.stream`, or it has stopped.
         """
         with self._lock:
+            if self._stopped:
+                raise ModelError("the server stops")
             if len(self._tickets) >= self.most:
                 raise Busy(f"{self.most} requests are under way; ask again later")
             index = next(self._index)
@@ -82,8 +84,9 @@ class Worker(threading.Thread):
         return ticket
 
     def stop(self) -> None:
-        """End the thread; what is under way ends with an error."""
-        self._stopped = True
+        """End the thread within a step; what is under way ends with an error."""
+        with self._lock:  # whoever asks later hears so
+            self._stopped = True
         self._came.put(None)
         self.join()
 
@@ -99,14 +102,17 @@ class Worker(threading.Thread):
 
     def _arrivals(self, idle: bool) -> list[Row]:
         self._forget()
-        return [ticket.row for ticket in self._waiting(idle) if ticket.row]
+        came = [ticket.row for ticket in self._waiting(idle) if ticket.row]
+        if self._stopped:
+            self._fail(ModelError("the server stops"))
+        return came
 
     def _waiting(self, idle: bool) -> list[Ticket]:
         """What came; where there is nothing else to do, once something has."""
         came: list[Ticket] = []
         while True:
             try:
-                ticket = self._came.get(block=idle and not came)
+                ticket = self._came.get(block=idle and not came and not self._stopped)
             except queue.Empty:
                 return came
             if ticket is None:
@@ -117,7 +123,7 @@ class Worker(threading.Thread):
     def _in_turn(self) -> Iterator[Token]:
         for ticket in self._waiting(idle=True):
             for token in self.assistant.tokens([ticket.asked]):
-                if ticket.left:
+                if ticket.left or self._stopped:
                     break
                 yield Token(ticket.index, token.id, token.last, token.ended, token.logprob, token.top)
             self._forget()
@@ -136,6 +142,7 @@ class Worker(threading.Thread):
         under_way = list(self._tickets.values())
         for ticket in under_way:
             ticket.landed.put(error)
+            ticket.leave()
         self._end(under_way)
 
     def _end(self, tickets: list[Ticket]) -> None:

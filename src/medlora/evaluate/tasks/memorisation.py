@@ -29,7 +29,7 @@ def load_trained(recipe: Recipe, source: str | None, limit: int | None) -> Task:
     """Kind `memory`: rows that were trained on, spread evenly."""
     records = read_records(recipe).train
     seen = min(1.0, recipe.training.max_steps * recipe.training.samples / len(records))
-    note = "" if seen == 1 else f"the run saw only {seen:.0%} of its training rows; any of them may be asked"
+    note = "" if seen > 0.95 else f"the run saw only {seen:.0%} of its training rows; any of them may be asked"
     return _task(TRAINED, recipe, source, records, recipe.data.path, limit, note)
 
 
