@@ -1,7 +1,9 @@
 """Toy models in the formats that users have: a LLaMA-2-style folder with a SentencePiece tokenizer and shards."""
 
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial, partialmethod
 from importlib import import_module
@@ -126,6 +128,40 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     assert (folder / "model.safetensors.index.json").is_file()
     return folder
+
+
+def tuned_toy(folder: Path, std: float) -> Any:
+    """An `Assistant` of the toy base, in float32, with an adapter whose B is not zero."""
+    from medlora.generate.answer import Assistant
+    from medlora.model.adapter import add_lora
+    from medlora.recipe import Base, Lora, Prompt
+
+    made = Assistant.load(base=Base(model=str(folder), compute_dtype="float32"), prompt=Prompt(template="llama2"))
+    model = add_lora(made.model, Lora(r=4, lora_dropout=0.0, target_modules="all-linear"), 0).eval()
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=std)
+    return Assistant(model, made.tokenizer)
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process; (exit code, stdout, stderr)."""
+    from medlora import cli
+
+    def called(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medlora", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return called
 
 
 def press_ctrl_c(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from medlora import cli, doctor
+from medlora import doctor
 from medlora.cli.imports import importing
 from medlora.errors import MedloraError
 from medlora.generate.answer import NOTICE
@@ -21,23 +21,9 @@ Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def medlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    """Run a command in this process; (exit code, stdout, stderr)."""
+def medlora(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: Cli) -> Cli:
+    """`call`, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
-        import io
-
-        monkeypatch.setattr(sys, "argv", ["medlora", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
     return call
 
 

@@ -1,14 +1,12 @@
 """`medlora evaluate` from a run folder to item files: both sides, resumable, bad input refused before a model loads."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from medlora import cli
 from medlora.data.build import build
 from medlora.evaluate import run as runs
 from medlora.evaluate.loss import held_out_loss
@@ -121,30 +119,16 @@ def test_an_interrupted_evaluation_goes_on_and_scores_nothing_twice(
         assert old_item == new_item
 
 
-@pytest.fixture
-def medlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medlora", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
-
-
-def test_the_command_ends_with_verdicts(trained: Path, evaluated: Path, medlora: Callable[..., Any]) -> None:
+def test_the_command_ends_with_verdicts(trained: Path, evaluated: Path, call: Callable[..., Any]) -> None:
     data = f"choices={trained.parent / 'choices.jsonl'}"
-    code, out, _ = medlora("evaluate", trained, "--tasks", "choices,heldout", "--data", data, "--limit", 5, "--offline")
+    code, out, _ = call("evaluate", trained, "--tasks", "choices,heldout", "--data", data, "--limit", 5, "--offline")
     assert code == 0 and "perplexity" in out and "Calibration" in out and "no difference shown" in out
-    code, out, _ = medlora("evaluate", trained, "--tasks", "choices", "--data", data, "--limit", 5, "--json")
+    code, out, _ = call("evaluate", trained, "--tasks", "choices", "--data", data, "--limit", 5, "--json")
     assert code == 0 and json.loads(out)["calibration"]["choices"]["tuned"]["ece"] >= 0
 
 
 def test_one_sentence_for_every_wrong_call(
-    trained: Path, evaluated: Path, medlora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    trained: Path, evaluated: Path, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def no_model(*arguments: object) -> None:
         raise AssertionError("the model was loaded before the input was checked")
@@ -159,5 +143,5 @@ def test_one_sentence_for_every_wrong_call(
         ((trained, "--tasks", "heldout", "--data", data), 3, "choices is not among --tasks"),
         ((trained, "--tasks", "choices", "--data", "choices=nowhere.jsonl"), 3, "nowhere.jsonl: no such file"),
     ):
-        found = medlora("evaluate", *arguments)
+        found = call("evaluate", *arguments)
         assert found[0] == code and said in found[2] and found[2].count("\n") == 1, (arguments, found)

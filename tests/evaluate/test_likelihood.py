@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tuned_toy
 
 from medlora.data.prompts import IGNORE, Example
 from medlora.evaluate.likelihood import Request, choice_request, loss_request, score
 from medlora.evaluate.score import choice_lines
 from medlora.evaluate.tasks import load_task
 from medlora.generate.answer import Assistant
-from medlora.recipe import Base, Lora, Prompt, Recipe
+from medlora.recipe import Base, Recipe
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 published = pytest.mark.skipif(not DATA.is_dir(), reason="the shared data is not here")
@@ -26,16 +27,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def assistant(llama_folder: Path) -> Any:
-    """The toy base with an adapter whose B is not zero."""
-    from medlora.model.adapter import add_lora
-
-    made = Assistant.load(base=Base(model=str(llama_folder), compute_dtype="float32"), prompt=Prompt(template="llama2"))
-    model = add_lora(made.model, Lora(r=4, lora_dropout=0.0, target_modules="all-linear"), 0).eval()
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.05)
-    return Assistant(model, made.tokenizer)
+    return tuned_toy(llama_folder, 0.05)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from medlora import cli
 from medlora.errors import ModelError
 from medlora.evaluate import run as evaluations
 from medlora.export import run as runs
@@ -119,28 +118,13 @@ def test_the_card_says_what_was_measured_and_no_place_of_this_machine(trained: P
     assert str(tmp_path.parent) not in card and "private" not in card
 
 
-@pytest.fixture
-def medlora(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["medlora", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-def test_the_command(trained: Path, tmp_path: Path, medlora: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, _ = medlora("export", trained, tmp_path / "m.gguf", "--dtype", "q8_0", "--json")
+def test_the_command(trained: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = call("export", trained, tmp_path / "m.gguf", "--dtype", "q8_0", "--json")
     told = json.loads(out)
     assert code == 0 and told["dtype"] == "q8_0" and told["check"]["adapter"]["rows"] == 12
-    code, out, _ = medlora("export", trained, tmp_path / "m")
+    code, out, _ = call("export", trained, tmp_path / "m")
     assert code == 0 and "Held out (12 rows" in out and f"Written: {tmp_path / 'm'} (bfloat16)" in out
-    code, out, _ = medlora("ask", "What is gout 3?", "--base", tmp_path / "m", "--max-new-tokens", 8)
+    code, out, _ = call("ask", "What is gout 3?", "--base", tmp_path / "m", "--max-new-tokens", 8)
     assert code == 0 and out.strip()
     for said, arguments in {
         "exists already": (trained, tmp_path / "m"),
@@ -148,7 +132,7 @@ def test_the_command(trained: Path, tmp_path: Path, medlora: Callable[..., tuple
         "no adapter here": (tmp_path, tmp_path / "n"),
         "cannot be made": (trained, tmp_path / "m.gguf" / "n"),
     }.items():
-        code, _, err = medlora("export", *arguments)
+        code, _, err = call("export", *arguments)
         assert code == 4 and said in err and err.count("\n") == 1, err
 
 

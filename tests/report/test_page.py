@@ -156,3 +156,21 @@ def test_claims_are_marked_as_whole_words(text: str, claims: list[str], expected
 def test_no_run_no_report(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no manifest\.json"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({}, "not searched"),
+        ({"rows": 0, "dropped": False}, "0"),
+        ({"rows": 3, "dropped": False, "date": 2, "name": 1}, "3 (date 2, name 1)"),
+        ({"rows": 3, "dropped": True, "date": 3}, "3 (date 3), left out"),
+    ],
+)
+def test_the_page_says_what_was_found_of_identifiers(make_run: Make, found: dict[str, Any], said: str) -> None:
+    folder = make_run(evaluated=False)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["data"]["identifiers"] = found
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    text = "".join(read(write_report(folder)).text.split("\n"))
+    assert f"Rows that look as if they held identifiers{said}Fingerprint" in text

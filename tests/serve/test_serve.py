@@ -17,31 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import uvicorn
+from conftest import tuned_toy
 
 from medlora.errors import ModelError, RunError
 from medlora.generate.answer import Assistant
 from medlora.generate.request import Token
 from medlora.generate.sampling import Sampling
-from medlora.model.adapter import add_lora
-from medlora.recipe import Base, Lora, Prompt
 from medlora.serve import app as module
 from medlora.serve.app import LONGEST, Server
 from medlora.serve.worker import Worker
 
 HOSTS = frozenset({"127.0.0.1", "localhost"})
-
-
-def toy(folder: Path) -> Assistant:
-    """The toy base with an adapter that says other things."""
-    made = Assistant.load(base=Base(model=str(folder), compute_dtype="float32"), prompt=Prompt(template="llama2"))
-    model = add_lora(made.model, Lora(r=4, lora_dropout=0.0, target_modules="all-linear"), 0).eval()
-    torch.manual_seed(1)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(weight, std=0.3)
-    return Assistant(model, made.tokenizer)
 
 
 class Client:
@@ -87,13 +74,13 @@ def serving(server: Server) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def client(llama_folder: Path) -> Iterator[Client]:
-    yield from serving(Server(toy(llama_folder), "toy", HOSTS))
+    yield from serving(Server(tuned_toy(llama_folder, 0.3), "toy", HOSTS))
 
 
 @pytest.fixture(scope="module")
 def alone(llama_folder: Path) -> Assistant:
     """The same model, for nobody else."""
-    return toy(llama_folder)
+    return tuned_toy(llama_folder, 0.3)
 
 
 @pytest.mark.parametrize("tuned", [True, False])
@@ -197,7 +184,7 @@ def test_other_places_cannot_have_a_browser_ask(client: Client) -> None:
 
 
 def test_a_key_is_asked_for_where_there_is_one(llama_folder: Path) -> None:
-    for client in serving(Server(toy(llama_folder), "toy", None, "sesam ö")):
+    for client in serving(Server(tuned_toy(llama_folder, 0.3), "toy", None, "sesam ö")):
         body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
         for key in ("", "Bearer wrong", "sesam"):
             assert client.get("/v1/chat/completions", body, Authorization=key)[0] == 401
@@ -254,7 +241,7 @@ def test_more_than_can_wait_hear_so_and_a_failure_ends_nobody_else(
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_server_that_stops_ends_what_is_under_way(llama_folder: Path, slow: bool) -> None:
-    assistant = toy(llama_folder)
+    assistant = tuned_toy(llama_folder, 0.3)
     if slow:
         assistant.__dict__["engine"] = "not of the family"
     worker = Worker(assistant)
@@ -275,7 +262,7 @@ def test_a_server_that_stops_ends_what_is_under_way(llama_folder: Path, slow: bo
 
 
 def test_a_model_that_only_transformers_decodes_answers_in_turn(llama_folder: Path, alone: Assistant) -> None:
-    assistant = toy(llama_folder)
+    assistant = tuned_toy(llama_folder, 0.3)
     assistant.__dict__["engine"] = "not of the family"
     for client in serving(Server(assistant, "toy", HOSTS)):
         with ThreadPoolExecutor(3) as pool:

@@ -99,12 +99,16 @@ def train(recipe: Recipe, output: Path | None = None, say: Say = print, gpus: in
             "valid_rows": len(corpus.valid),
             "bad_rows": [f"{raw.where}: {raw.why}" for raw in corpus.bad],
             "long_rows": corpus.long,
-            "identifiers": {"rows": len(corpus.identifiers.rows), "dropped": corpus.drops, **corpus.identifiers.kinds},
+            "identifiers": _identifiers(corpus) if recipe.data.on_identifiers != "ignore" else {},
         },
         "seed": recipe.training.seed,
     }
     manifests.write(folder, record)
     return _run(prepared, folder, record, None, say, gpus)
+
+
+def _identifiers(corpus: Corpus) -> dict[str, int]:
+    return {"rows": len(corpus.identifiers.rows), "dropped": corpus.drops, **corpus.identifiers.kinds}
 
 
 def resume(folder: Path, say: Say = print, gpus: int = 1) -> Result:
