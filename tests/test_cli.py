@@ -98,6 +98,12 @@ def test_doctor_plans_a_recipe_without_training(medlora: Cli, toy: Callable[...,
     )
     assert medlora("doctor", "--recipe", "toy.yaml")[1].startswith("Plan: 1 row of up to")
     assert medlora("doctor", "--recipe", "toy.yaml", "--set", "training.engine=plain")[0] == 2
+    shared = json.loads(medlora("doctor", "--recipe", "toy.yaml", "--gpus", "2", "--json")[1])
+    assert (
+        plan["row_tokens"] / 2 <= shared["row_tokens"] < plan["row_tokens"]
+        and shared["peak_bytes"] < plan["peak_bytes"]
+    )
+    assert medlora("doctor", "--gpus", "2")[2] == "error: --gpus is about a recipe; give it with --recipe\n"
     assert medlora("doctor", *larger)[0] == 2 and not (tmp_path / "runs").exists()
 
 

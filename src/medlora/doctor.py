@@ -51,8 +51,9 @@ def compiles_anew(cached: str | None) -> bool:
     return sys.dont_write_bytecode or not os.access(folder, os.W_OK)
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """How `recipe` would run on this machine: the plan and its predicted peak, from its data and the base's shape.
+def plan(recipe: Recipe, gpus: int = 1) -> dict[str, Any]:
+    """How `recipe` would run on this machine, on each of so many GPUs like the first: the plan and its predicted peak,
+    from its data and the base's shape.
 
     Raises:
         RecipeError: a run whose memory is not planned, as that of the plain engine. Others as `train.run.prepare`.
@@ -66,7 +67,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         raise RecipeError(
             "only the packed engine plans its memory; it takes bases of the LLaMA family and engine: auto"
         )
-    work = Work.of(recipe, prepared.corpus.train, **resources(on, compute_dtype(recipe.base, on).itemsize))
+    work = Work.of(recipe, prepared.corpus.train, gpus, **resources(on, compute_dtype(recipe.base, on).itemsize))
     capacity = capacity_of(recipe, free_bytes(on))
     chosen = choose(plans(Shape.of(config), work), capacity)
     return {"recipe": recipe.name, "line": chosen.describe(capacity), "capacity_bytes": capacity} | asdict(chosen)

@@ -49,18 +49,19 @@ def recipes_show(recipe: str, resolved: bool, overrides: tuple[str, ...], as_jso
 @click.command()
 @click.option("--recipe", help="Print how this recipe would run here: its plan and predicted peak of memory.")
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.FIELD=VALUE", help="Override a field of it.")
+@click.option("--gpus", type=click.IntRange(1), metavar="N", help="As if N GPUs shared each of its steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @offline
-def doctor(recipe: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
+def doctor(recipe: str | None, overrides: tuple[str, ...], gpus: int | None, as_json: bool) -> None:
     """Versions, device, memory, and which model sizes this machine can train."""
     with without_gc():
         from medlora import doctor as examination
         from medlora.recipe import load_recipe
 
-    if overrides and not recipe:
-        raise RecipeError("--set changes a recipe; give it with --recipe")
+    if not recipe and (overrides or gpus):
+        raise RecipeError(f"{'--set' if overrides else '--gpus'} is about a recipe; give it with --recipe")
     if recipe:
-        planned = examination.plan(load_recipe(recipe, overrides))
+        planned = examination.plan(load_recipe(recipe, overrides), gpus or 1)
         click.echo(json.dumps(planned, indent=2) if as_json else f"Plan: {planned['line']}")
         return
     report = examination.examine()
