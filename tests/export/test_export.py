@@ -93,6 +93,9 @@ def test_the_check_measures_what_was_written(trained: Path, tmp_path: Path, monk
         return model
 
     merge = runs.merge
+    same = runs.export(trained, tmp_path / "same", "float32", onto_nf4=True, say=quiet)
+    assert same.check and same.check.exported.loss == pytest.approx(same.check.adapter.loss, rel=2e-3)
+    assert "merged into the NF4 rounding" in (tmp_path / "same" / "README.md").read_text()
     monkeypatch.setattr(runs, "merge", spoiled)
     before = sorted(tmp_path.iterdir())
     for name in ("worse", "worse.gguf"):

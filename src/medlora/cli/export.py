@@ -19,10 +19,11 @@ from medlora.cli.options import offline
     default="auto",
     help="Of the weights; auto: as the base's files; q8_0: 8 bits, GGUF alone.",
 )
+@click.option("--onto-nf4", is_flag=True, help="Merge into the base as it was rounded for training.")
 @click.option("--no-check", is_flag=True, help="Do not measure what was written on held-out rows.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written and measured as JSON.")
 @offline
-def export(run: Path, output: Path, dtype: str, no_check: bool, as_json: bool) -> None:
+def export(run: Path, output: Path, dtype: str, onto_nf4: bool, no_check: bool, as_json: bool) -> None:
     """Merge the adapter of RUN into its base and write OUTPUT: a .gguf file, or a folder for Transformers and vLLM.
 
     \b
@@ -37,7 +38,7 @@ def export(run: Path, output: Path, dtype: str, no_check: bool, as_json: bool) -
     def say(line: str) -> None:
         click.echo(line, err=as_json)
 
-    found = runs.export(run, output, dtype, check=not no_check, say=say)
+    found = runs.export(run, output, dtype, onto_nf4=onto_nf4, check=not no_check, say=say)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2, default=str))
     elif found.check:

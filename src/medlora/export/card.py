@@ -59,7 +59,7 @@ def about(run: Path | None, adapter: Path, base: Base) -> About:
     return About(manifest["name"], model, recipe, manifest, tuple(evaluated))
 
 
-def card(told: About, dtype: str, check: Check | None) -> str:
+def card(told: About, dtype: str, check: Check | None, *, onto_nf4: bool) -> str:
     """README.md, with the header that the hub reads."""
     from jinja2 import Environment, StrictUndefined
 
@@ -67,4 +67,4 @@ def card(told: About, dtype: str, check: Check | None) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = environment.from_string((files("medlora.export") / "card.md.jinja").read_text(encoding="utf-8"))
-    return template.render(about=told, dtype=dtype, check=check, version=__version__)
+    return template.render(about=told, dtype=dtype, check=check, onto_nf4=onto_nf4, version=__version__)

@@ -1,8 +1,8 @@
 """An adapter added into its base's weights, W + (lora_alpha / r) B A.
 
-The sum is PEFT's, onto the base's own 16-bit weights: to round it to 4 bits once more would lose what was learned (peft
-issues 1043 and 2321). The adapter was trained on those weights rounded to NF4, so this is not number by number the
-model that was evaluated; `run.export` measures held-out rows by both.
+The sum is PEFT's, and is not rounded to 4 bits again, which would lose what was learned (peft issues 1043 and 2321). It
+is made onto the base's own 16-bit weights, which are better ones, or onto their NF4 rounding, which is what the adapter
+was trained on and may make up for. `run.export` measures held-out rows by the adapter and by the sum.
 """
 
 from pathlib import Path
@@ -28,24 +28,27 @@ def stored_dtype(resolved: Resolved) -> str:
     return str(found).removeprefix("torch.") if isinstance(found, torch.dtype) else "bfloat16"
 
 
-def merge(adapter: Path, base: Base, resolved: Resolved, tokenizer: Tokenizer, dtype: str) -> Any:
+def merge(adapter: Path, base: Base, resolved: Resolved, tokenizer: Tokenizer, dtype: str, onto_nf4: bool) -> Any:
     """A `PreTrainedModel` on the CPU with the adapter in its weights, set to end its answers as the adapter's tokenizer
     says.
 
     Args:
         dtype: of the weights; the sum is made in float32 and rounded to it.
+        onto_nf4: onto the weights that the adapter was trained on.
 
     Raises:
         ModelError: as `load_model` and `attach`; too little memory; or weights that are not finite afterwards.
     """
-    held, free = sum(f.stat().st_size for f in Path(resolved.path).glob("*.safetensors")), free_bytes(CPU)
+    files = [resolved.gguf_file] if resolved.gguf_file else ["*.safetensors"]
+    held, free = sum(f.stat().st_size for name in files for f in Path(resolved.path).glob(name)), free_bytes(CPU)
     if held > free:
         raise ModelError(
             f"{resolved.path}: merging takes {held / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free; "
             "export on a machine with more"
         )
-    plain = Base.model_validate(base.model_dump() | {"quantization": "none", "compute_dtype": dtype})
-    model = attach(load_model(resolved, plain, CPU), adapter, resolved)
+    quantization = base.quantization if onto_nf4 else "none"
+    onto = Base.model_validate(base.model_dump() | {"quantization": quantization, "compute_dtype": dtype})
+    model = attach(load_model(resolved, onto, CPU), adapter, resolved)
     try:
         model = model.merge_and_unload(safe_merge=True)
     except ValueError as error:

@@ -39,13 +39,20 @@ class Exported:
 
 
 def export(
-    source: Path, output: Path, dtype: str = "auto", *, check: bool = True, say: Callable[[str], None] = print
+    source: Path,
+    output: Path,
+    dtype: str = "auto",
+    *,
+    onto_nf4: bool = False,
+    check: bool = True,
+    say: Callable[[str], None] = print,
 ) -> Exported:
     """Merge the adapter of a run (or an adapter folder) into `output`: a GGUF file where that ends in .gguf, else a
     folder with a model card. Nothing lies there unless all of it does.
 
     Args:
         dtype: `auto` (that of the base's files), a dtype, or for GGUF q8_0: 8 bits, with a scale for 32 numbers.
+        onto_nf4: as `merge`.
         check: measure held-out rows of the run, some 4,096 tokens, by the adapter and by what was written.
 
     Raises:
@@ -65,8 +72,8 @@ def export(
     _make(output.parent)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=output.parent) as work:
         made = Path(work) / output.name
-        say(f"Merging into the weights of {resolved.path}")
-        model = merge(adapter, base, resolved, tokenizer, stored)
+        say(f"Merging into {resolved.path}")
+        model = merge(adapter, base, resolved, tokenizer, stored, onto_nf4)
         numbers = model.num_parameters()
         _require_room(output, numbers * BYTES[dtype])
         if output.suffix == GGUF:
@@ -78,7 +85,7 @@ def export(
         unchecked = _unchecked(check, rows, numbers, base)
         found = None if unchecked else _check(made, output, adapter, base, resolved, rows)
         if made.is_dir():
-            (made / "README.md").write_text(card(told, dtype, found), encoding="utf-8")
+            (made / "README.md").write_text(card(told, dtype, found, onto_nf4=onto_nf4), encoding="utf-8")
         made.replace(output)
     return Exported(output, dtype, found, unchecked)
 
@@ -141,6 +148,6 @@ def _check(made: Path, output: Path, adapter: Path, base: Base, resolved: Resolv
     if after.loss > (1 + WORSE) * before.loss:
         raise ModelError(
             f"{output}: not written: held-out loss {after.loss:.3f}, and {before.loss:.3f} by the adapter on its base; "
-            "use the adapter as it is, or --no-check"
+            "try --onto-nf4 and --dtype float16 or float32, use the adapter as it is, or --no-check"
         )
     return Check(before, after)

@@ -12,6 +12,7 @@ import json
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from importlib.resources import files
 from typing import Any
 
@@ -169,6 +170,7 @@ def run(server: Server, host: str, port: int, say: Callable[[str], None]) -> Non
         server.app(), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=2
     )
     try:
-        uvicorn.Server(settings).run(sockets=[listening])
+        with suppress(KeyboardInterrupt):  # as uvicorn has it again once all is closed
+            uvicorn.Server(settings).run(sockets=[listening])
     finally:
         server.worker.stop()

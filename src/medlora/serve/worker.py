@@ -18,7 +18,7 @@ from medlora.generate.request import Row, Token
 MOST = 64  # requests that wait or run
 
 
-class Busy(MedloraError):
+class Busy(Exception):
     """So many requests are under way that one more would wait too long."""
 
 
