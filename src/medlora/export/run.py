@@ -145,7 +145,7 @@ def _check(made: Path, output: Path, adapter: Path, base: Base, resolved: Resolv
     plain = Base(model=str(made), quantization="none", compute_dtype=base.compute_dtype)
     before = held_out_loss(load_adapter(load_model(resolved, base), adapter, resolved), rows, "Held-out loss, adapter")
     after = held_out_loss(load_model(resolve(plain), plain), rows, "Held-out loss, exported")
-    if after.loss > (1 + WORSE) * before.loss:
+    if not after.loss <= (1 + WORSE) * before.loss:  # nor if it is no number
         raise ModelError(
             f"{output}: not written: held-out loss {after.loss:.3f}, and {before.loss:.3f} by the adapter on its base; "
             "try --onto-nf4 and --dtype float16 or float32, use the adapter as it is, or --no-check"

@@ -51,16 +51,10 @@ class Server:
         self.worker.start()
 
     def app(self) -> Callable[..., Awaitable[None]]:
-        routes = [
-            Route("/", self.page),
-            Route("/health", self.health),
-            Route("/v1/models", self.list_models),
-            Route("/v1/chat/completions", self.complete, methods=["POST"]),
-        ]
-        app = Starlette(
-            routes=[Route(r.path, self._guarded(r.endpoint), methods=list(r.methods or ())) for r in routes]
-        )
-        return app
+        asked = {"/": self.page, "/health": self.health, "/v1/models": self.list_models}
+        routes = [Route(path, self._guarded(endpoint)) for path, endpoint in asked.items()]
+        routes.append(Route("/v1/chat/completions", self._guarded(self.complete), methods=["POST"]))
+        return Starlette(routes=routes)
 
     def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
