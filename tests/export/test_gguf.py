@@ -125,7 +125,7 @@ def test_a_chat_has_the_tokens_that_training_gave_it(tokenizer: Any, tmp_path: P
     model = make(tokenizer, "Llama")
     write_gguf(tmp_path / "m.gguf", model, tokenizer, "float32", "toy", "")
     server = opened(tmp_path / "m.gguf")
-    for text in ("What is gout?", TRICKY):
+    for text in ("What is gout?", TRICKY, *TEXTS):
         asked = [{"role": "user", "content": text}]
         ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
         written = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)

@@ -102,6 +102,7 @@ def test_rows_that_arrive_while_others_run_are_as_alone_and_unwanted_ones_leave(
     for token in engine.serve(arrivals):
         found[token.request].append(token.id)
     assert 0 < len(found[0]) < 12 and found[0] == alone[0][: len(found[0])] and not found[13]
+    assert rows[13].seat == -1 < rows[12].seat
     assert found[1:13] == alone[1:13]
     assert asked[0] and asked[-1] and not any(asked[1:7])
 
