@@ -76,5 +76,5 @@ def kinds_in(text: str) -> tuple[str, ...]:
 
 def search(records: Sequence[Record]) -> Found:
     """Every row's text, questions and answers alike."""
-    found = ((r.where, kinds_in(r.text or "\n".join(content for _, content in r.messages))) for r in records)
+    found = ((record.where, kinds_in(record.content)) for record in records)
     return Found({where: kinds for where, kinds in found if kinds})

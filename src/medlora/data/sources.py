@@ -51,6 +51,11 @@ class Record:
     group: str
     """Rows of one group never stand on both sides of a split."""
 
+    @property
+    def content(self) -> str:
+        """All that the row says, whoever says it."""
+        return self.text or "\n".join(said for _, said in self.messages)
+
 
 @dataclass(frozen=True, slots=True)
 class Source:

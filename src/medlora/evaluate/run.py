@@ -112,7 +112,7 @@ def _write_overlap(folder: Path, recipe: Recipe, tasks: Sequence[Task]) -> None:
     tasks = [task for task in tasks if task.kind != "memory"]  # of which half is training text
     texts = {f"{task.name}\0{item.id}": _text(item) for task in tasks for item in task.items}
     train = read_records(recipe).train
-    shares = overlap(texts, (record.text or "\n".join(t for _, t in record.messages) for record in train), N)
+    shares = overlap(texts, (record.content for record in train), N)
     for task in tasks:
         known[task.name] = {item.id: shares[f"{task.name}\0{item.id}"] for item in task.items}
     part = folder / f".{OVERLAP}.part"

@@ -48,15 +48,16 @@ def require_equal(config: Any, tokenizer: Any) -> None:
     Raises:
         ModelError: an architecture, rotation or tokenizer that has no equal in llama.cpp.
     """
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    model = json.loads(fast.to_str())["model"] if fast else {"type": type(tokenizer).__name__}
+    fast = hasattr(tokenizer, "backend_tokenizer")
+    described = _described(tokenizer) if fast else {"model": {"type": type(tokenizer).__name__}}
+    model = described["model"]
     if config.model_type not in ARCHITECTURES:
         what = f"{config.model_type} is"
     elif config.rope_parameters["rope_type"] not in ("default", "llama3"):
         what = f"a rotation of type {config.rope_parameters['rope_type']} is"
     elif model["type"] != "BPE":
         what = f"a tokenizer of type {model['type']} is"
-    elif not model["byte_fallback"] and not _cut(tokenizer):
+    elif not model["byte_fallback"] and not _cut(described):
         what = "the way in which this tokenizer cuts text is"
     else:
         return
@@ -148,13 +149,13 @@ def _ordered(name: str, rows: Tensor, arch: gguf.MODEL_ARCH, config: Any) -> Ten
 
 
 def _vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> None:
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described = _described(tokenizer)
     model, added = described["model"], {each["id"]: each for each in described["added_tokens"]}
     pieces = {number: piece for piece, number in tokenizer.get_vocab().items()}
     tokens = [pieces.get(i, f"[PAD{i}]") for i in range(size)]
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     writer.add_tokenizer_model("llama" if model["byte_fallback"] else "gpt2")
-    writer.add_tokenizer_pre("default" if model["byte_fallback"] else _cut(tokenizer))
+    writer.add_tokenizer_pre("default" if model["byte_fallback"] else _cut(described))
     writer.add_token_list(tokens)
     writer.add_token_types([_type(i, token, pieces, added, model) for i, token in enumerate(tokens)])
     if model["byte_fallback"]:  # SentencePiece's: what is merged first scores highest
@@ -175,10 +176,16 @@ def _vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _cut(tokenizer: Any) -> str:
+def _described(tokenizer: Any) -> dict[str, Any]:
+    """tokenizer.json."""
+    told: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return told
+
+
+def _cut(described: dict[str, Any]) -> str:
     """llama.cpp's name for the way in which text is cut before pieces are merged, or nothing."""
-    described = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {"type": "none"}
-    steps = described["pretokenizers"] if described["type"] == "Sequence" else [described]
+    cut = described["pre_tokenizer"] or {"type": "none"}
+    steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
     told = [(step["type"], _setting(step)) for step in steps]
     return next((name for name, known in CUTS.items() if told == known), "")
 

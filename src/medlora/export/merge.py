@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from medlora.data.prompts import Tokenizer
 from medlora.errors import ModelError
 from medlora.model.adapter import attach
-from medlora.model.base import Resolved, load_config
+from medlora.model.base import Resolved
 from medlora.model.load import load_model
 from medlora.model.memory import free_bytes
 from medlora.recipe import Base
@@ -22,10 +22,9 @@ from medlora.recipe import Base
 CPU = torch.device("cpu")
 
 
-def stored_dtype(resolved: Resolved) -> str:
-    """Name of the dtype that the base's files have; bfloat16 where its configuration names none."""
-    found = load_config(resolved).dtype
-    return str(found).removeprefix("torch.") if isinstance(found, torch.dtype) else "bfloat16"
+def stored_dtype(config: Any) -> str:
+    """Name of the dtype that a base's files have; bfloat16 where its configuration names none."""
+    return str(config.dtype).removeprefix("torch.") if isinstance(config.dtype, torch.dtype) else "bfloat16"
 
 
 def merge(adapter: Path, base: Base, resolved: Resolved, tokenizer: Tokenizer, dtype: str, onto_nf4: bool) -> Any:
@@ -39,8 +38,7 @@ def merge(adapter: Path, base: Base, resolved: Resolved, tokenizer: Tokenizer, d
     Raises:
         ModelError: as `load_model` and `attach`; too little memory; or weights that are not finite afterwards.
     """
-    files = [resolved.gguf_file] if resolved.gguf_file else ["*.safetensors"]
-    held, free = sum(f.stat().st_size for name in files for f in Path(resolved.path).glob(name)), free_bytes(CPU)
+    held, free = sum(file.stat().st_size for file in resolved.files), free_bytes(CPU)
     if held > free:
         raise ModelError(
             f"{resolved.path}: merging takes {held / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free; "

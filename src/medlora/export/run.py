@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from medlora.data.build import read_records
 from medlora.data.prompts import Example, Tokenizer, encode, fit
@@ -15,7 +16,7 @@ from medlora.evaluate.loss import held_out_loss
 from medlora.export.card import Check, about, card
 from medlora.export.gguf import require_equal, write_gguf
 from medlora.export.merge import merge, stored_dtype
-from medlora.model.adapter import base_of, find_adapter, load_adapter
+from medlora.model.adapter import base_of, find_adapter, load_adapter, own_tokenizer
 from medlora.model.base import Resolved, load_config, load_tokenizer, resolve
 from medlora.model.load import compute_dtype, device, load_model
 from medlora.model.memory import free_bytes
@@ -63,10 +64,11 @@ def export(
     run = adapter.parent if (adapter.parent / manifests.NAME).is_file() and adapter.name == "adapter" else None
     base = base_of(adapter)
     resolved = resolve(base)
-    stored = stored_dtype(resolved) if dtype in ("auto", "q8_0") else dtype
+    config = load_config(resolved)
+    stored = stored_dtype(config) if dtype in ("auto", "q8_0") else dtype
     dtype = stored if dtype == "auto" else dtype
-    tokenizer = load_tokenizer(resolved, adapter if (adapter / "tokenizer.json").is_file() else None)
-    _refuse(output, dtype, resolved, tokenizer)
+    tokenizer = load_tokenizer(resolved, own_tokenizer(adapter))
+    _refuse(output, dtype, config, tokenizer)
     told = about(run, adapter, base)
     rows = _held_out(run, tokenizer) if check and run else []
     _make(output.parent)
@@ -90,12 +92,12 @@ def export(
     return Exported(output, dtype, found, unchecked)
 
 
-def _refuse(output: Path, dtype: str, resolved: Resolved, tokenizer: Tokenizer) -> None:
+def _refuse(output: Path, dtype: str, config: Any, tokenizer: Tokenizer) -> None:
     """What needs no weights to be known."""
     if output.exists():
         raise ModelError(f"{output}: exists already; name another file or folder")
     if output.suffix == GGUF:
-        require_equal(load_config(resolved), tokenizer)
+        require_equal(config, tokenizer)
     elif dtype == "q8_0":
         raise ModelError(f"{output}: q8_0 is a type of GGUF files; name one that ends in {GGUF}, or another --dtype")
 

@@ -23,7 +23,7 @@ from medlora.generate.request import Request, Token
 from medlora.generate.sampling import Sampler, Sampling, log_probabilities
 from medlora.generate.text import Text
 from medlora.generate.weights import Unknown
-from medlora.model.adapter import base_of, load_adapter
+from medlora.model.adapter import base_of, load_adapter, own_tokenizer
 from medlora.model.base import load_tokenizer, resolve
 from medlora.model.load import load_model
 from medlora.recipe import Base, Prompt
@@ -64,7 +64,7 @@ class Assistant:
         """
         base = base or base_of(adapter)
         resolved = resolve(base)
-        own = adapter if adapter and (adapter / "tokenizer.json").is_file() else None
+        own = own_tokenizer(adapter)
         tokenizer = load_tokenizer(resolved, own)
         if not own or not tokenizer.chat_template:
             tokenizer = prepare_tokenizer(tokenizer, prompt or Prompt())

@@ -82,6 +82,11 @@ def base_of(adapter: Path | None) -> Base:
     return Base(model=config["base_model_name_or_path"], revision=config.get("revision"))
 
 
+def own_tokenizer(adapter: Path | None) -> Path | None:
+    """The adapter's folder, where a tokenizer lies in it."""
+    return adapter if adapter and (adapter / "tokenizer.json").is_file() else None
+
+
 def only_to_answer(model: Any) -> Any:
     """A `PeftModel` with its adapters frozen, in evaluation mode and in the dtype that products run in.
 

@@ -32,6 +32,12 @@ class Resolved:
     def is_local(self) -> bool:
         return Path(self.path).is_dir()
 
+    @property
+    def files(self) -> list[Path]:
+        """Of its weights, in order; none where it has yet to be fetched."""
+        folder = Path(self.path)
+        return [folder / self.gguf_file] if self.gguf_file else sorted(folder.glob("*.safetensors"))
+
     def kwargs(self) -> dict[str, Any]:
         given: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
         given["local_files_only"] = self.is_local or is_offline()
@@ -137,9 +143,7 @@ def fingerprint(base: Resolved) -> str:
     if not base.is_local:
         digest.update(f"{base.path}@{base.revision}".encode())
         return digest.hexdigest()
-    folder = Path(base.path)
-    files = [folder / base.gguf_file] if base.gguf_file else sorted(folder.glob("*.safetensors"))
-    for file in files:
+    for file in base.files:
         size = file.stat().st_size
         with file.open("rb") as handle:
             digest.update(str(size).encode() + handle.read(2**20))

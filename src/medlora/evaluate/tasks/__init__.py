@@ -15,9 +15,9 @@ CHOICES = {
 }
 HELD = ("heldout", "answers", memorisation.CONTROL)
 """What needs rows that the run held out."""
-OWN = (*HELD[:2], memorisation.TRAINED, memorisation.CONTROL, "general_text", "general_questions")
+OWN = ("heldout", "answers", memorisation.TRAINED, memorisation.CONTROL, "general_text", "general_questions")
 """What needs no data beside the run's; measured where no tasks are named."""
-NAMES = (*OWN[:-1], *CHOICES)
+NAMES = (*(name for name in OWN if name not in CHOICES), *CHOICES)
 
 
 def load_task(name: str, recipe: Recipe, source: str | None, few_shot: int, limit: int | None) -> Task:

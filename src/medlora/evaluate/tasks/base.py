@@ -49,7 +49,7 @@ class Passage:
 
     @property
     def text(self) -> str:
-        return self.record.text or "\n".join(content for _, content in self.record.messages)
+        return self.record.content
 
     def examples(self, tokenizer: Tokenizer, recipe: Recipe) -> list[Example]:
         """Token ids and labels, as in training; none where the recipe drops a row of this length.
